@@ -1,0 +1,110 @@
+"""The shape of a task: objectives (targets, loss, metrics) on one shared encoding of the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bt.data.batch import Batch
+from bt.data.draft import Draft, Needs
+from bt.models.bridgetower import BridgeTower, Encoded
+
+
+@dataclass(frozen=True)
+class Context:
+    """What an objective may know when it is built.
+
+    width: cross-modal width; text_width, image_width: uni-modal widths (ITC reads the raw [CLS]).
+    tokenizer: see bt.data.text. labels: label maps of the data set by name, such as {"answers": [...]}.
+    """
+
+    width: int
+    text_width: int
+    image_width: int
+    tokenizer: Any
+    labels: Mapping[str, list[str]] = field(default_factory=dict)
+
+
+@dataclass
+class Result:
+    """What an objective returns for one micro-batch.
+
+    loss: scalar, the *sum* over the terms that `Objective.count` counts, so that a mean over all micro-batches
+    and ranks is exact. metrics: name -> values (n,), or (values, weights); means are taken over all of an
+    evaluation. outputs: what predictions are made of.
+    """
+
+    loss: Tensor
+    metrics: dict[str, Tensor | tuple[Tensor, Tensor]] = field(default_factory=dict)
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Shared:
+    """The encodings of one batch, each computed once and only if an objective asks for it."""
+
+    def __init__(self, tower: BridgeTower, batch: Batch):
+        self.tower = tower
+        self.batch = batch
+
+    @cached_property
+    def images(self) -> Encoded:
+        return self.tower.encode_images(self.tower.vision.normalize(self.batch.images))
+
+    @cached_property
+    def texts(self) -> Encoded:
+        return self.tower.encode_texts(self.batch.texts)
+
+
+class Objective(nn.Module):
+    """One loss with its head.
+
+    Class attributes to set: `head_parameters_at_base` (names of own parameters that train at the base learning
+    rate instead of the head's). Instance attributes: `weight` (times the loss), `needs`, `targets` (called in the
+    loader worker, must be picklable).
+    """
+
+    head_parameters_at_base: tuple[str, ...] = ()
+
+    def __init__(self, weight: float, targets: Callable[[Draft], dict[str, Tensor]], needs: Needs | None = None):
+        super().__init__()
+        self.weight = weight
+        self.targets = targets
+        self.needs = needs or Needs()
+
+    def count(self, targets: dict[str, Tensor]) -> float:
+        """How many terms the mean loss is taken over, from the targets on the CPU."""
+        raise NotImplementedError
+
+    def forward(self, shared: Shared, targets: dict[str, Tensor]) -> Result:
+        raise NotImplementedError
+
+
+class TaskModel(nn.Module):
+    """Tower and objectives under one `forward(batch)`, so that a parallel wrapper sees every parameter."""
+
+    def __init__(self, tower: BridgeTower, objectives: Mapping[str, Objective]):
+        super().__init__()
+        self.tower = tower
+        self.objectives = nn.ModuleDict(objectives)
+
+    def forward(self, batch: Batch) -> dict[str, Result]:
+        shared = Shared(self.tower, batch)
+        return {name: objective(shared, batch.targets[name]) for name, objective in self.objectives.items()}
+
+    def counts(self, batch: Batch) -> Tensor:
+        """(objectives,) float64: the number of loss terms of each objective in this batch."""
+        return torch.tensor(
+            [objective.count(batch.targets[name]) for name, objective in self.objectives.items()], dtype=torch.float64
+        )
+
+    def parameter_role(self, name: str) -> str:
+        """"base", "cross" or "head": which learning-rate multiplier a parameter takes."""
+        if name.startswith("tower."):
+            return self.tower.parameter_role(name.removeprefix("tower."))
+        _, objective, own = name.split(".", 2)
+        return "base" if own in self.objectives[objective].head_parameters_at_base else "head"
