@@ -1,0 +1,43 @@
+"""Configuration: a typed schema, checks, and what of it is written down."""
+
+from bt.config.entry import entry
+from bt.config.record import (
+    config_hash,
+    config_text,
+    diff_configs,
+    prepare_run_dir,
+    read_config,
+    resolve_run_dir,
+    write_config,
+)
+from bt.config.schema import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EncoderConfig,
+    EvalConfig,
+    OptimizerConfig,
+    TaskConfig,
+    TrackingConfig,
+    TrainerConfig,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "EncoderConfig",
+    "EvalConfig",
+    "OptimizerConfig",
+    "TaskConfig",
+    "TrackingConfig",
+    "TrainerConfig",
+    "config_hash",
+    "config_text",
+    "diff_configs",
+    "entry",
+    "prepare_run_dir",
+    "read_config",
+    "resolve_run_dir",
+    "write_config",
+]

@@ -1,0 +1,146 @@
+"""The wrapper of every Hydra program of `bt`: compose, check, call, and one line for what the user did wrong."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from bt.config.explain import explain
+from bt.config.record import to_config
+from bt.config.schema import Config, check_run, check_values
+from bt.config.targets import add_plugins, check_model_targets
+from bt.errors import ConfigError, UserError
+
+CONF_DIR = str(Path(__file__).resolve().parents[2] / "conf")
+
+# Until the first job starts, whatever goes wrong is in the command line or the configuration files.
+_progress = {"composed": False}
+
+# In one process a member of a multirun that fails must not end the others, and Hydra reports only the first.
+_failed_members: list[str] = []
+
+
+def entry(
+    config_name: str = "config", schema: type = Config, config_dir: str = CONF_DIR
+) -> Callable[[Callable[[Any], Any]], Callable[[], None]]:
+    """Decorates `main(cfg)` of a program whose primary configuration is conf/<config_name>.yaml.
+
+    schema: dataclass of the whole configuration. It is in Hydra's store as `schema` (Config) or
+    `<config_name>_schema`, for the top of the defaults list. A subclass of Config is checked as a run's
+    configuration, any other by its fields' limits and its own `check()` where it has one.
+    The program exits with 0 only if `main` returned; a user's mistake is one line on standard error and status 1.
+    """
+    register(config_name, schema)
+
+    def decorate(main: Callable[[Any], Any]) -> Callable[[], None]:
+        @functools.wraps(main)
+        def task(node: DictConfig) -> Any:
+            _progress["composed"] = True
+            try:
+                return main(_checked(node, schema))
+            except UserError as error:
+                if HydraConfig.get().mode == RunMode.MULTIRUN:
+                    overrides = " ".join(HydraConfig.get().overrides.task)
+                    _failed_members.append(overrides)
+                    print(f"error in member {overrides}: {one_line(error)}", file=sys.stderr, flush=True)
+                    raise
+                raise _Stop(error) from error
+
+        @functools.wraps(main)
+        def program() -> None:
+            _run(hydra.main(config_path=config_dir, config_name=config_name, version_base="1.3")(task))
+
+        return program
+
+    return decorate
+
+
+def register(config_name: str, schema: type) -> None:
+    """Puts a dataclass into Hydra's store under the name that conf/<config_name>.yaml lists first."""
+    ConfigStore.instance().store(name="schema" if schema is Config else f"{config_name}_schema", node=schema)
+
+
+class _Stop(BaseException):
+    """Carries a user's mistake through Hydra, which would print lines of its own for an Exception."""
+
+
+def _checked(node: DictConfig, schema: type) -> Any:
+    try:
+        cfg = to_config(node)
+    except OmegaConfBaseException as error:
+        raise ConfigError(explain(error)) from error
+    check_values(cfg)
+    add_plugins(getattr(cfg, "plugins", []))
+    if issubclass(schema, Config):
+        check_run(cfg)
+        check_model_targets(cfg)
+    if hasattr(cfg, "check"):
+        cfg.check()
+    return cfg
+
+
+def _run(program: Callable[[], None]) -> None:
+    # Without this Hydra prints errors itself, in many lines, and exits.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    debug = "debug=true" in [argument.lower() for argument in sys.argv[1:]]
+    _log_to_stdout()
+    try:
+        _check_sweep(sys.argv[1:])
+        program()
+    except _Stop as stop:
+        _fail(stop.__cause__, debug)
+    except UserError as error:
+        if _failed_members:
+            _fail(UserError(f"{len(_failed_members)} of the sweep's members failed"), False)
+        _fail(error, debug)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if _progress["composed"]:
+            raise
+        _fail(ConfigError(explain(error, sys.argv[1:])), debug, error)
+
+
+def _fail(error: BaseException, debug: bool, shown: BaseException | None = None) -> None:
+    if debug:
+        traceback.print_exception(shown or error)
+    print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
+    sys.exit(1)
+
+
+def one_line(error: BaseException) -> str:
+    """The message on one line, whatever it holds."""
+    return re.sub(r"\s*\n\s*", "; ", str(error).strip()) or type(error).__name__
+
+
+def _check_sweep(arguments: list[str]) -> None:
+    """A list of sweeps runs none of them in Hydra, without a word."""
+    for argument in arguments:
+        if re.match(r"\+{0,2}sweep=.*,", argument):
+            raise ConfigError(f"{argument}: one sweep at a time; run the command once for each")
+
+
+def _log_to_stdout() -> None:
+    """`bt`'s own log lines are shown as they are; other libraries speak from warnings on."""
+    logger = logging.getLogger("bt")
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False

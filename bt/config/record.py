@@ -1,0 +1,190 @@
+"""What of a configuration is written, hashed and compared, and where a run's directory is."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from bt.config.explain import unknown_keys
+from bt.config.schema import Config
+from bt.errors import ConfigError
+
+# A run may be continued with other values of these: they decide how fast, where and how loudly it runs, not what
+# it computes. An entry that ends in "." covers everything below it.
+MAY_CHANGE = (
+    "run_dir",
+    "plugins",
+    "debug",
+    "data.workers",
+    "data.prefetch",
+    "data.cache_dir",
+    "trainer.threads",
+    "trainer.device",
+    "trainer.log_every",
+    "trainer.parallel",
+    "checkpoint.every_steps",
+    "checkpoint.every_minutes",
+    "tracking.",
+)
+ABSENT = "(absent)"
+_SECRET = "<from the environment>"
+
+
+def record(cfg: DictConfig) -> dict[str, Any]:
+    """`cfg` as a plain dictionary with every interpolation resolved, but `${oc.env:...}` and what depends on it.
+
+    Values from the environment may be secrets, so they stay as they were written.
+    """
+    raw = OmegaConf.to_container(cfg, resolve=False)
+    masked = OmegaConf.create(_map_leaves(raw, lambda v: _SECRET if isinstance(v, str) and "oc.env:" in v else v))
+    resolved = OmegaConf.to_container(masked, resolve=True)
+    return _restore(raw, resolved)
+
+
+def _map_leaves(node: Any, function: Any) -> Any:
+    if isinstance(node, dict):
+        return {k: _map_leaves(v, function) for k, v in node.items()}
+    if isinstance(node, list):
+        return [_map_leaves(v, function) for v in node]
+    return function(node)
+
+
+def _restore(raw: Any, resolved: Any) -> Any:
+    if isinstance(raw, dict) and isinstance(resolved, dict):
+        return {k: _restore(raw[k], v) for k, v in resolved.items()}
+    if isinstance(raw, list) and isinstance(resolved, list):
+        return [_restore(r, v) for r, v in zip(raw, resolved, strict=True)]
+    return raw if _SECRET in str(resolved) else resolved
+
+
+def recorded(cfg: Config) -> dict[str, Any]:
+    """The dictionary that stands for `cfg` in files: as composed, or of the object where there was no composing."""
+    return copy.deepcopy(cfg.recorded) if cfg.recorded is not None else dataclasses.asdict(cfg)
+
+
+def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
+    """{"optimizer.lr": 1e-5, ...}; lists and empty dictionaries are values."""
+    if not isinstance(node, dict) or (not node and prefix):
+        return {prefix.removesuffix("."): node}
+    flat: dict[str, Any] = {}
+    for key, value in node.items():
+        flat |= flatten(value, f"{prefix}{key}.")
+    return flat
+
+
+def what_matters(cfg: Config | dict[str, Any]) -> dict[str, Any]:
+    """The flat configuration without the keys that may change when a run is continued."""
+    flat = flatten(recorded(cfg) if not isinstance(cfg, dict) else cfg)
+    return {
+        key: value
+        for key, value in sorted(flat.items())
+        if not any(key == free or (free.endswith(".") and key.startswith(free)) for free in MAY_CHANGE)
+    }
+
+
+def config_hash(cfg: Config | dict[str, Any]) -> str:
+    """Hexadecimal digest of what decides the result of a run, equal on every rank and machine."""
+    text = json.dumps(what_matters(cfg), sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def diff_configs(old: Config | dict[str, Any], new: Config | dict[str, Any]) -> list[str]:
+    """ "key: old -> new" for every key that matters and differs."""
+    before, after = what_matters(old), what_matters(new)
+    keys = sorted(set(before) | set(after))
+    return [
+        f"{key}: {before.get(key, ABSENT)} -> {after.get(key, ABSENT)}"
+        for key in keys
+        if before.get(key, ABSENT) != after.get(key, ABSENT)
+    ]
+
+
+def resolve_run_dir(cfg: Config) -> Path:
+    """The run's directory: as given, or named by the configuration's hash, so that the same command finds it again."""
+    if cfg.run_dir:
+        return Path(cfg.run_dir).expanduser()
+    digest = config_hash(cfg)[:8]
+    return Path("sweeps", cfg.name, digest) if _in_sweep() else Path("runs", f"{cfg.name}-{digest}")
+
+
+def _in_sweep() -> bool:
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def prepare_run_dir(cfg: Config) -> Path:
+    """Makes the run's directory and writes config.yaml into it, or checks the one that is there.
+
+    Raises ConfigError where it cannot be written, or holds a run of another configuration (names the keys).
+    """
+    run_dir = resolve_run_dir(cfg)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        probe = run_dir / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+        if (run_dir / "config.yaml").exists():
+            differences = diff_configs(read_recorded(run_dir), cfg)
+            if differences:
+                raise ConfigError(f"run_dir={run_dir} holds a run of another configuration: {'; '.join(differences)}")
+        else:
+            write_config(cfg, run_dir)
+    except OSError as error:
+        raise ConfigError(f"run_dir={run_dir} cannot be written: {error.strerror}") from error
+    return run_dir
+
+
+def write_config(cfg: Config, run_dir: Path) -> None:
+    """Writes run_dir/config.yaml, whole or not at all."""
+    temporary = run_dir / f".config.yaml-{os.getpid()}"
+    temporary.write_text(config_text(cfg))
+    temporary.replace(run_dir / "config.yaml")
+
+
+def config_text(cfg: Config) -> str:
+    """The recorded configuration as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.create(recorded(cfg)))
+
+
+def read_recorded(run_dir: Path) -> dict[str, Any]:
+    """The dictionary in run_dir/config.yaml, with `${oc.env:...}` unresolved."""
+    path = Path(run_dir) / "config.yaml"
+    try:
+        node = OmegaConf.load(path)
+        return OmegaConf.to_container(node, resolve=False)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{run_dir} is not a run directory: it has no config.yaml") from error
+    except Exception as error:
+        raise ConfigError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+
+
+def read_config(run_dir: Path, schema: type[Config] = Config) -> Config:
+    """The configuration of a run, checked against the schema."""
+    stored = read_recorded(run_dir)
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(schema), stored)
+        return to_config(merged)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{run_dir}/config.yaml: {str(error).splitlines()[0]}") from error
+
+
+def to_config(node: DictConfig) -> Any:
+    """The dataclass object of a composed configuration, with what is to be recorded attached."""
+    if extra := unknown_keys(node):
+        raise ConfigError(extra)
+    missing = sorted(OmegaConf.missing_keys(node))
+    if missing:
+        raise ConfigError(f"{', '.join(missing)} must be given")
+    cfg = OmegaConf.to_object(node)
+    cfg.recorded = record(node)
+    return cfg

@@ -1,0 +1,202 @@
+"""The typed schema of a run: what each option is, its default and what values it takes.
+
+conf/config.yaml and the groups beside it repeat every option with a comment; a test holds the two equal.
+Nodes that build an object (`_target_` and its arguments) are open dictionaries here, because a typed node would
+refuse a plug-in's own arguments; bt.config.targets checks them against the class's signature.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from omegaconf import MISSING
+
+from bt.errors import ConfigError
+
+
+def option(default: Any, **limits: Any) -> Any:
+    """A field with limits: choices=[...], low= (at least), above= (more than), high= (at most), below= (less than)."""
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=limits)
+    return field(default=default, metadata=limits)
+
+
+@dataclass
+class EncoderConfig:
+    vision: dict[str, Any] = option({})
+    text: dict[str, Any] = option({})
+
+
+@dataclass
+class TaskConfig:
+    name: str = MISSING
+    texts: str = option("captions", choices=["captions", "questions"])
+    objectives: dict[str, Any] = option({})
+    metric: str = MISSING
+    mode: str = option("max", choices=["max", "min"])
+
+
+@dataclass
+class DataConfig:
+    dir: Any = MISSING
+    train_split: str = "train"
+    val_split: str = "val"
+    test_split: str = "test"
+    texts_per_image: int | None = option(None, low=1)
+    max_samples: int | None = option(None, low=1)
+    fraction: float = option(1.0, above=0, high=1)
+    order: str = option("global", choices=["global", "shards"])
+    shuffle_shards: int = option(8, low=1)
+    max_text_len: int = option(50, low=3)
+    train_transform: str = "clip"
+    eval_transform: str = "clip"
+    workers: int = option(2, low=0)
+    prefetch: int = option(4, low=1)
+    on_bad_sample: str = option("fail", choices=["fail", "skip"])
+    max_bad_share: float = option(0.01, low=0, high=1)
+    cache_dir: str | None = None
+
+
+@dataclass
+class OptimizerConfig:
+    lr: float = option(1e-5, above=0)
+    cross_multiplier: float = option(5.0, low=0)
+    head_multiplier: float = option(5.0, low=0)
+    weight_decay: float = option(0.01, low=0)
+    betas: list[float] = option([0.9, 0.98], low=0, below=1, length=2)
+    eps: float = option(1e-8, above=0)
+    groups: str = option("all_norms", choices=["all_norms", "official"])
+    fused: bool = True
+    warmup: int | float = option(0.1, low=0)
+    decay: str = option("polynomial", choices=["polynomial", "cosine"])
+    decay_power: float = option(1.0, above=0)
+    end_lr: float = option(0.0, low=0)
+
+
+@dataclass
+class TrainerConfig:
+    epochs: int | None = option(10, low=1)
+    max_steps: int | None = option(None, low=1)
+    micro_batch: int | None = option(None, low=1)
+    precision: str = option("fp32", choices=["fp32", "bf16", "fp16"])
+    grad_clip: float | None = option(None, above=0)
+    gradient_checkpointing: bool = False
+    matmul_precision: str = option("highest", choices=["highest", "high", "medium"])
+    device: str = option("auto", choices=["auto", "cpu", "cuda"])
+    threads: int | None = option(None, low=1)
+    parallel: str = option("ddp", choices=["ddp"])
+    log_every: int = option(10, low=1)
+    deterministic: bool = True
+
+
+@dataclass
+class CheckpointConfig:
+    every_steps: int | None = option(None, low=1)
+    every_minutes: float | None = option(15.0, above=0)
+    ignore_heads: bool = False
+
+
+@dataclass
+class EvalConfig:
+    every_epochs: float | None = option(1.0, above=0)
+    every_steps: int | None = option(None, low=1)
+    batch: int = option(256, low=1)
+    max_samples: int | None = option(None, low=1)
+    test: bool = True
+
+
+@dataclass
+class TrackingConfig:
+    kind: str = option("mlflow", choices=["mlflow", "none"])
+    uri: str | None = None
+    experiment: str = "bt"
+    timeout_seconds: int = option(5, low=1)
+
+
+@dataclass
+class Config:
+    """Root of a run's configuration, as `bt.train` gets it.
+
+    recorded: the plain dictionary that is hashed and written to config.yaml. It is resolved except for values
+    that come from the environment (`${oc.env:...}`), which may be secrets.
+    """
+
+    recorded: ClassVar[dict[str, Any] | None] = None
+
+    name: str = "default"
+    seed: int = option(0, low=0)
+    run_dir: str | None = None
+    init_from: str | None = None
+    global_batch: int = option(256, low=1)
+    plugins: list[str] = option([])
+    debug: bool = False
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    bridge: dict[str, Any] = option({})
+    cross: dict[str, Any] = option({})
+    task: TaskConfig = field(default_factory=TaskConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+def check_values(node: Any, path: str = "") -> None:
+    """Checks every field of a (nested) dataclass object against its limits; ConfigError names the key."""
+    for item in dataclasses.fields(node):
+        value, key = getattr(node, item.name), f"{path}{item.name}"
+        if dataclasses.is_dataclass(value):
+            check_values(value, f"{key}.")
+        elif value is not None and not isinstance(value, dict):
+            _check_field(key, value, item.metadata)
+
+
+def _check_field(key: str, value: Any, limits: Any) -> None:
+    if isinstance(value, list):
+        if "length" in limits and len(value) != limits["length"]:
+            raise ConfigError(f"{key} must have {limits['length']} values, got {value}")
+        for entry in value:
+            _check_field(key, entry, {k: v for k, v in limits.items() if k != "length"})
+        return
+    if "choices" in limits and value not in limits["choices"]:
+        raise ConfigError(f"{key}={value} is not one of: {', '.join(limits['choices'])}")
+    bounds = [(k, limits[k]) for k in ("low", "above", "high", "below") if k in limits]
+    if bounds and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        raise ConfigError(f"{key}={value} must be a number")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{key}={value} must be a finite number")
+    holds = {
+        "low": lambda v, b: v >= b,
+        "above": lambda v, b: v > b,
+        "high": lambda v, b: v <= b,
+        "below": lambda v, b: v < b,
+    }
+    words = {"low": "at least", "above": "more than", "high": "at most", "below": "less than"}
+    if any(not holds[kind](value, bound) for kind, bound in bounds):
+        raise ConfigError(
+            f"{key}={value} is out of range: must be "
+            + " and ".join(f"{words[kind]} {bound}" for kind, bound in bounds)
+        )
+
+
+def check_run(cfg: Config) -> None:
+    """What no single field can say: options that exclude or need each other."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", cfg.name):
+        raise ConfigError(f"name={cfg.name!r} names directories: use letters, digits, '.', '_' and '-' only")
+    dirs = cfg.data.dir if isinstance(cfg.data.dir, list) else [cfg.data.dir]
+    if not dirs or not all(isinstance(entry, str) and entry for entry in dirs):
+        raise ConfigError(f"data.dir={cfg.data.dir} must be a directory or a list of directories")
+    if cfg.trainer.epochs is None and cfg.trainer.max_steps is None:
+        raise ConfigError("trainer.epochs and trainer.max_steps are both null: one of them must be given")
+    warmup = cfg.optimizer.warmup
+    if isinstance(warmup, float) and warmup > 1:
+        raise ConfigError(f"optimizer.warmup={warmup} is out of range: a fraction is at most 1 (an int counts steps)")
+    if cfg.optimizer.end_lr > cfg.optimizer.lr:
+        raise ConfigError(f"optimizer.end_lr={cfg.optimizer.end_lr} is out of range: must be at most optimizer.lr")
+    if not cfg.task.objectives:
+        raise ConfigError("task.objectives is empty: nothing would be trained")
