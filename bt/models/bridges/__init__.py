@@ -1,0 +1,1 @@
+"""Bridges: how the uni-modal layers feed the cross-modal ones."""

@@ -1,0 +1,162 @@
+"""The cross-modal encoder: for each modality a stack of self-attention, cross-attention and feed-forward layers.
+
+All sub-layers are post-norm, LayerNorm(dropout(dense(x)) + residual), with GELU (erf). Dropout acts on the attention
+probabilities and on each sub-layer's output. Source: official bert_model.py, BertCrossLayer;
+transformers BridgeTowerBertCrossLayer.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from bt.errors import ConfigError
+from bt.models.gather import Reading, gather
+from bt.models.heads import init_new
+
+
+def split_heads(states: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
+    """(B, S, parts * D) -> `parts` tensors (B, heads, S, D / heads), without a copy."""
+    batch, tokens, width = states.shape
+    return states.view(batch, tokens, parts, heads, width // parts // heads).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """(B, heads, Q, d) x (B, heads, K, d) -> (B, Q, heads * d). mask: (B, K) bool, True at keys that count."""
+    mask = None if mask is None else mask[:, None, None, :]
+    context = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, dropout_p=dropout)
+    return context.transpose(1, 2).flatten(2)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, width: int, heads: int, dropout: float, norm_eps: float):
+        super().__init__()
+        self.heads = heads
+        self.attention_dropout = dropout
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.dropout = nn.Dropout(dropout)
+        self.norm = nn.LayerNorm(width, eps=norm_eps)
+
+    def forward(self, queries: Tensor, states: Tensor, mask: Tensor | None) -> Tensor:
+        """states (B, S, D), mask (B, S) -> (B, R, D) for `queries`, which are `states` or rows (B, R, D) of it."""
+        if queries is states:
+            q, k, v = split_heads(self.qkv(states), 3, self.heads)
+        else:
+            width = states.shape[-1]
+            weight, bias = self.qkv.weight, self.qkv.bias
+            (q,) = split_heads(F.linear(queries, weight[:width], bias[:width]), 1, self.heads)
+            k, v = split_heads(F.linear(states, weight[width:], bias[width:]), 2, self.heads)
+        context = attend(q, k, v, mask, self.attention_dropout if self.training else 0.0)
+        return self.norm(self.dropout(self.out(context)) + queries)
+
+
+class CrossAttention(nn.Module):
+    """Queries of one modality, keys and values of the other; both are projected by the caller (see the layer)."""
+
+    def __init__(self, width: int, heads: int, dropout: float, norm_eps: float):
+        super().__init__()
+        self.heads = heads
+        self.attention_dropout = dropout
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, width)
+        self.dropout = nn.Dropout(dropout)
+        self.norm = nn.LayerNorm(width, eps=norm_eps)
+
+    def forward(self, q: Tensor, kv: Tensor, mask: Tensor | None, residual: Tensor, read: Reading) -> Tensor:
+        """q (P, R, D), kv (P, S', 2D), mask (P, S'), residual (P, R, D) -> (P, R, D), or (M, D) if `read` packs."""
+        (q,) = split_heads(q, 1, self.heads)
+        k, v = split_heads(kv, 2, self.heads)
+        context = attend(q, k, v, mask, self.attention_dropout if self.training else 0.0)
+        return self.norm(self.dropout(self.out(read.pack(context))) + read.pack(residual))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, width: int, hidden: int, dropout: float, norm_eps: float):
+        super().__init__()
+        self.up = nn.Linear(width, hidden)
+        self.down = nn.Linear(hidden, width)
+        self.dropout = nn.Dropout(dropout)
+        self.norm = nn.LayerNorm(width, eps=norm_eps)
+
+    def forward(self, states: Tensor) -> Tensor:
+        return self.norm(self.dropout(self.down(F.gelu(self.up(states)))) + states)
+
+
+class CrossModalLayer(nn.Module):
+    """One layer of one modality. Its self-attention, queries, keys and values depend on one modality alone."""
+
+    def __init__(self, width: int, heads: int, ffn_ratio: float, dropout: float, norm_eps: float):
+        super().__init__()
+        self.self_attention = SelfAttention(width, heads, dropout, norm_eps)
+        self.cross_attention = CrossAttention(width, heads, dropout, norm_eps)
+        self.ffn = FeedForward(width, int(width * ffn_ratio), dropout, norm_eps)
+
+    def forward(
+        self,
+        own: Tensor,
+        other: Tensor,
+        own_rows: Tensor | None,
+        other_rows: Tensor | None,
+        own_mask: Tensor | None,
+        other_mask: Tensor | None,
+        read: Reading,
+    ) -> Tensor:
+        """own (U, S, D), other (U', S', D) -> (P, S, D), or what `read` asks for: (P, 1, D) or (M, D).
+
+        own_rows, other_rows: (P,) the row of every pair, None where pair p uses row p (U = P). What depends on one
+        input alone is computed on its U rows and gathered to pairs only then.
+        own_mask: (U, S) bool or None; other_mask: (P, S') bool or None.
+        """
+        # Positions that differ by pair can be selected only once the states are per pair.
+        select_late = own_rows is not None and read.positions is not None
+        queries = own if select_late else read.select(own)
+        hidden = self.self_attention(queries, own, own_mask)
+        if select_late:
+            hidden = read.select(gather(hidden, own_rows))
+            q = self.cross_attention.q(hidden)
+        else:
+            q = gather(self.cross_attention.q(hidden), own_rows)
+            hidden = gather(hidden, own_rows)
+        kv = gather(self.cross_attention.kv(other), other_rows)
+        return self.ffn(self.cross_attention(q, kv, other_mask, hidden, read))
+
+
+class CoAttention(nn.Module):
+    """`layers` cross-modal layers for each modality. Layer l of both modalities reads the same pair of inputs.
+
+    norm_eps: the official code has 1e-12 here (and in the MLM head), transformers' port 1e-5.
+    """
+
+    def __init__(
+        self,
+        width: int = 768,
+        heads: int = 12,
+        layers: int = 6,
+        ffn_ratio: float = 4.0,
+        dropout: float = 0.1,
+        norm_eps: float = 1e-12,
+    ):
+        super().__init__()
+        if layers < 1:
+            raise ConfigError(f"cross.layers={layers}: at least 1 is needed")
+        if width % heads:
+            raise ConfigError(f"cross.heads={heads} does not divide cross.width={width}")
+        self.width = width
+        self.layers = layers
+        self.checkpointing = False
+
+        def stack() -> nn.ModuleList:
+            return nn.ModuleList(CrossModalLayer(width, heads, ffn_ratio, dropout, norm_eps) for _ in range(layers))
+
+        self.text_layers = stack()
+        self.image_layers = stack()
+        init_new(self)
+
+    def run(self, layer: nn.Module, *args) -> Tensor:
+        """The layer's output; with gradient checkpointing its activations are computed again in the backward pass."""
+        if self.checkpointing and self.training:
+            return checkpoint(layer, *args, use_reentrant=False)
+        return layer(*args)

@@ -1,0 +1,1 @@
+"""Uni-modal encoders: adapters to open_clip, timm and transformers."""

@@ -1,0 +1,130 @@
+"""What the tower expects of a uni-modal encoder, and how pre-trained image weights are fitted to other inputs."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bt.errors import ConfigError
+
+# Statistics of CLIP's training images, which the official transforms use for every encoder.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def channel_statistics(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    """Mean or deviation per channel; other numbers of channels than three take the average of the three."""
+    return values if channels == len(values) else (sum(values) / len(values),) * channels
+
+
+def check_image_size(image_size: int, stride: int) -> None:
+    if image_size < stride or image_size % stride:
+        fits = max(image_size // stride, 1) * stride
+        raise ConfigError(
+            f"encoder.vision.image_size={image_size} is not divisible by the patch size {stride}; "
+            f"{fits} and {fits + stride} are"
+        )
+
+
+def resize_positions(table: Tensor, grid: int) -> Tensor:
+    """(1 + g * g, D) -> (1 + grid * grid, D): row 0 (class token) stays, the others are resized as a picture.
+
+    Bicubic, corners not aligned, no antialiasing, as the official adapt_position_encoding does; a table of the right
+    size comes back unchanged.
+    """
+    before = math.isqrt(len(table) - 1)
+    if before == grid:
+        return table
+    picture = table[1:].float().reshape(before, before, -1).permute(2, 0, 1)[None]
+    picture = F.interpolate(picture, size=(grid, grid), mode="bicubic", align_corners=False)
+    return torch.cat([table[:1], picture[0].permute(1, 2, 0).reshape(grid * grid, -1).to(table.dtype)])
+
+
+def adapt_channels(weight: Tensor, channels: int) -> Tensor:
+    """First convolution (O, C, h, w) -> (O, channels, h, w).
+
+    One channel: the sum, so that a grey image gives what its stacked copies gave. Others: repeated and scaled, so
+    that sums over channels keep their size (timm's adapt_input_conv).
+    """
+    before = weight.shape[1]
+    if before == channels:
+        return weight
+    if channels == 1:
+        return weight.sum(1, keepdim=True)
+    return weight.repeat(1, math.ceil(channels / before), 1, 1)[:, :channels] * (before / channels)
+
+
+class VisionEncoder(nn.Module):
+    """Images to the states of the top layers.
+
+    width: of the states. depth: layers that can be bridged. image_size: pixels of a side. channels: of an image.
+    tokens: per image, the class token first. mean, std: of the pixels in [0, 1], per channel.
+    position_key, patch_key: names of the position table and the first convolution's weight in the state dict.
+    """
+
+    width: int
+    depth: int
+    position_key: str
+    patch_key: str
+
+    def __init__(self, image_size: int, stride: int, channels: int):
+        super().__init__()
+        if channels < 1:
+            raise ConfigError(f"encoder.vision.channels={channels}: at least 1 is needed")
+        check_image_size(image_size, stride)
+        self.image_size = image_size
+        self.channels = channels
+        self.grid = image_size // stride
+        self.tokens = self.grid**2 + 1
+        self.mean = channel_statistics(CLIP_MEAN, channels)
+        self.std = channel_statistics(CLIP_STD, channels)
+        self.register_buffer("_mean", torch.tensor(self.mean)[:, None, None], persistent=False)
+        self.register_buffer("_std", torch.tensor(self.std)[:, None, None], persistent=False)
+
+    def forward(self, images: Tensor, states: int) -> list[Tensor]:
+        """(I, C, H, W) normalised -> the outputs (I, tokens, width) of the top `states` layers, bottom first, each
+        after the shared final norm."""
+        raise NotImplementedError
+
+    def set_gradient_checkpointing(self, enabled: bool) -> None:
+        raise NotImplementedError
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """uint8 pixels -> float, as ToTensor and Normalize do; images that are float already are left alone."""
+        if images.dtype != torch.uint8:
+            return images
+        return (images.float() / 255 - self._mean) / self._std
+
+    def adapt(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A state dict of this architecture, fitted to this encoder's image size and number of channels."""
+        state = dict(state)
+        if self.position_key in state:
+            table = state[self.position_key]
+            resized = resize_positions(table.reshape(-1, table.shape[-1]), self.grid)
+            state[self.position_key] = resized.reshape(*table.shape[:-2], *resized.shape)
+        if self.patch_key in state:
+            state[self.patch_key] = adapt_channels(state[self.patch_key], self.channels)
+        return state
+
+
+class TextEncoder(nn.Module):
+    """Token ids to the states of the top layers.
+
+    width: of the states. depth: layers that can be bridged. max_positions: longest text, in tokens.
+    """
+
+    width: int
+    depth: int
+    vocab_size: int
+    max_positions: int
+    pad_id: int
+
+    def forward(self, ids: Tensor, mask: Tensor, states: int) -> list[Tensor]:
+        """ids (T, L) int64, mask (T, L) bool -> the outputs (T, L, width) of the top `states` layers, bottom first."""
+        raise NotImplementedError
+
+    def set_gradient_checkpointing(self, enabled: bool) -> None:
+        raise NotImplementedError

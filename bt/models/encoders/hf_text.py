@@ -1,0 +1,109 @@
+"""Any text encoder of transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModel
+
+from bt.errors import ConfigError
+from bt.models.encoders.base import TextEncoder
+
+
+class HFText(TextEncoder):
+    """transformers' AutoModel without its pooler, attention by SDPA.
+
+    name: a model of the Hugging Face hub or a local folder. pretrained: load its weights; False: its configuration
+    with random weights. config: {"model_type": ..., **sizes} for a model without a name, with random weights.
+    vocab_size: of the tokenizer; a model with random weights takes it, a pre-trained one must have as many rows.
+    dropout: of attention probabilities and hidden states; None: the model's own (RoBERTa: 0.1).
+    """
+
+    def __init__(
+        self,
+        name: str | None = None,
+        pretrained: bool = True,
+        config: dict[str, Any] | None = None,
+        vocab_size: int | None = None,
+        dropout: float | None = None,
+    ):
+        super().__init__()
+        if (name is None) == (config is None):
+            raise ConfigError("encoder.text: give either name or config")
+        settings = self._settings(name, config)
+        pretrained = pretrained and name is not None
+        if pretrained and vocab_size is not None and vocab_size > settings.vocab_size:
+            raise ConfigError(
+                f"encoder.text.tokenizer has {vocab_size} tokens, but {name} only {settings.vocab_size} embeddings"
+            )
+        if not pretrained and vocab_size is not None:
+            settings.vocab_size = vocab_size
+        if settings.hidden_size % settings.num_attention_heads:
+            raise ConfigError(
+                f"encoder.text.config.num_attention_heads={settings.num_attention_heads} does not divide "
+                f"hidden_size={settings.hidden_size}"
+            )
+        if dropout is not None:
+            settings.hidden_dropout_prob = settings.attention_probs_dropout_prob = dropout
+        self.model = self._model(name if pretrained else None, settings)
+        # The pooler is for sentence tasks; the tower reads the states alone.
+        self.model.pooler = None
+        self.width = settings.hidden_size
+        self.depth = settings.num_hidden_layers
+        self.vocab_size = settings.vocab_size
+        self.pad_id = settings.pad_token_id
+        # RoBERTa counts positions from pad id + 1, so that many rows of its table are never used.
+        offset = getattr(self.model.embeddings, "padding_idx", -1) + 1
+        self.max_positions = settings.max_position_embeddings - offset
+
+    @staticmethod
+    def _settings(name: str | None, config: dict[str, Any] | None):
+        if config is not None:
+            sizes = dict(config)
+            try:
+                return AutoConfig.for_model(sizes.pop("model_type"), **sizes)
+            except KeyError as error:
+                raise ConfigError(
+                    f"encoder.text.config needs model_type, one that transformers knows: {error}"
+                ) from error
+        try:
+            return AutoConfig.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            raise unreachable(name, error) from error
+
+    @staticmethod
+    def _model(pretrained: str | None, settings):
+        # "sdpa" is refused by the few models that lack it, with transformers' own explanation.
+        if pretrained is None:
+            return AutoModel.from_config(settings, attn_implementation="sdpa").float()
+        try:
+            model = AutoModel.from_pretrained(
+                pretrained, config=settings, attn_implementation="sdpa", dtype=torch.float32
+            )
+        except OSError as error:
+            raise unreachable(pretrained, error) from error
+        return model.train()
+
+    def forward(self, ids: Tensor, mask: Tensor, states: int) -> list[Tensor]:
+        if ids.shape[1] > self.max_positions:
+            raise ConfigError(
+                f"data.max_text_len: texts of {ids.shape[1]} tokens, the encoder has {self.max_positions}"
+            )
+        output = self.model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
+        return list(output.hidden_states[-states:])
+
+    def set_gradient_checkpointing(self, enabled: bool) -> None:
+        if enabled:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            self.model.gradient_checkpointing_disable()
+
+
+def unreachable(name: str, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"encoder.text.name={name} is neither a local folder nor in the cache, and cannot be fetched "
+        f"({type(error).__name__}); fetch config.json, model.safetensors and the tokenizer's files from "
+        f"huggingface.co/{name} by hand into a folder and set encoder.text.name to it"
+    )
