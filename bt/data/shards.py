@@ -1,0 +1,292 @@
+"""Shards: plain tar files that webdataset reads too, with an index and a table of byte offsets beside each.
+
+out_dir/index.json, out_dir/<split>-%06d.tar and out_dir/<split>-%06d.npy. One sample is `key.json` (everything known of
+the image) followed by its images (`key.jpg`, or `key.left.jpg` and `key.right.jpg`) in their original bytes. The table
+gives the span of each sample in the tar and the CRC-32 of that span, so a sample is one read at any position.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import tarfile
+import zlib
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bt.data import index as index_file
+from bt.data.index import Index, ShardInfo, table_name
+from bt.data.store import Store
+from bt.errors import DataError
+
+_BLOCK = 512
+_KEY = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_OPEN_FILES = 64  # most shards that one process holds open
+
+
+class BadSample(DataError):
+    """A sample that cannot be used. shard and reason: what it is counted under where bad samples are skipped."""
+
+    def __init__(self, message: str, shard: str = "", reason: str = ""):
+        super().__init__(message)
+        self.shard, self.reason = shard, reason
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample as it lies in a shard. images: encoded bytes by name ("image", or "left" and "right")."""
+
+    key: str
+    shard: str
+    images: dict[str, bytes]
+    info: dict[str, Any]
+
+
+def table_dtype(text_fields: Sequence[str], key_bytes: int = 64) -> np.dtype:
+    """One row a sample: its key, the span of its bytes in the tar, their CRC-32, and its texts by field."""
+    fixed = [("key", f"S{key_bytes}"), ("offset", "<u8"), ("size", "<u4"), ("crc32", "<u4")]
+    return np.dtype(fixed + [(f"texts.{name}", "<u4") for name in text_fields])
+
+
+def _member(name: str, data: bytes) -> bytes:
+    """A tar member with nothing in its header that differs between two conversions."""
+    header = tarfile.TarInfo(name)
+    header.size = len(data)
+    header.mode = 0o644
+    return header.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % _BLOCK)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all: temporary name, fsync, rename."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+class ShardWriter:
+    """Writes the shards of one split; the same samples give the same bytes.
+
+    A shard gets its final name only when it and its table are complete. `shards` lists what has been written after
+    `close`.
+    """
+
+    def __init__(self, out_dir: Path, split: str, text_fields: Sequence[str], shard_size: int):
+        self.out_dir, self.split, self.text_fields, self.shard_size = out_dir, split, list(text_fields), shard_size
+        self.shards: list[ShardInfo] = []
+        self._rows: list[tuple] = []
+        self._file: io.BufferedWriter | None = None
+
+    def add(self, key: str, images: Mapping[str, bytes], info: Mapping[str, Any]) -> None:
+        """Append a sample. images: bytes by the ending of the member ("jpg", "left.jpg"). key: letters, digits, _ -."""
+        if not _KEY.fullmatch(key):
+            raise DataError(f"sample key {key!r}: allowed are 1 to 64 letters, digits, '_' and '-'")
+        if self._file is None:
+            self._begin()
+        text = json.dumps(info, ensure_ascii=False, separators=(",", ":")).encode()
+        span = _member(f"{key}.json", text) + b"".join(_member(f"{key}.{end}", data) for end, data in images.items())
+        counts = [len(info.get(field, ())) for field in self.text_fields]
+        self._rows.append((key.encode(), self._offset, len(span), zlib.crc32(span), *counts))
+        self._write(span)
+        if len(self._rows) == self.shard_size:
+            self._end()
+
+    def close(self) -> None:
+        """Complete the last shard."""
+        if self._file is not None:
+            self._end()
+
+    def _begin(self) -> None:
+        self._path = self.out_dir / f"{self.split}-{len(self.shards):06d}.tar"
+        self._temporary = self._path.with_name(self._path.name + ".tmp")
+        self._file = open(self._temporary, "wb")  # noqa: SIM115 - open across calls
+        self._offset, self._hash = 0, hashlib.sha256()
+
+    def _write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._hash.update(data)
+        self._offset += len(data)
+
+    def _end(self) -> None:
+        self._write(bytes(2 * _BLOCK))  # the tar's own end mark
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        buffer = io.BytesIO()
+        width = max(len(row[0]) for row in self._rows)
+        table = np.array(self._rows, dtype=table_dtype(self.text_fields, width))
+        np.save(buffer, table, allow_pickle=False)
+        table_bytes = buffer.getvalue()
+        write_atomic(self.out_dir / table_name(self._path.name), table_bytes)
+        os.replace(self._temporary, self._path)
+        sync_folder(self.out_dir)
+        self.shards.append(
+            ShardInfo(
+                name=self._path.name,
+                samples=len(table),
+                texts={field: int(table[f"texts.{field}"].sum()) for field in self.text_fields},
+                bytes=self._offset,
+                sha256=self._hash.hexdigest(),
+                table_bytes=len(table_bytes),
+                table_sha256=hashlib.sha256(table_bytes).hexdigest(),
+            )
+        )
+        self._file, self._rows = None, []
+
+
+def parse_members(span: bytes) -> dict[str, bytes]:
+    """Member name -> data of a run of tar members."""
+    members, at = {}, 0
+    while at < len(span):
+        header = tarfile.TarInfo.frombuf(span[at : at + _BLOCK], "utf-8", "strict")
+        at += _BLOCK
+        members[header.name] = span[at : at + header.size]
+        at += header.size + -header.size % _BLOCK
+    return members
+
+
+def load_table(store: Store, shard: ShardInfo, text_fields: Sequence[str]) -> np.ndarray:
+    """The table of a shard, memory-mapped; DataError if it is missing, cut or not the shard's."""
+    path = store.path(table_name(shard.name), shard.table_bytes)
+    try:
+        table = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError, SyntaxError) as error:
+        raise DataError(f"{path} is not a table of a shard: {error}") from None
+    if table.dtype.names != table_dtype(text_fields).names or len(table) != shard.samples:
+        raise DataError(f"{path} does not belong to the index beside it: convert the data again")
+    return table
+
+
+class ShardSet:
+    """The samples of one split in one or more data sets, numbered in file order, read at any position.
+
+    Raises DataError when opened if an index, table or shard is missing, cut or of another version; shards of a remote
+    data set are checked when they are first read. Only tables are held, memory-mapped.
+
+    starts: (shards + 1,) int64, the first sample of each shard. labels: label maps by name.
+    text_fields: see Index; only those that every data set has.
+    """
+
+    def __init__(self, places: str | Sequence[str], split: str, cache_dir: str | None = None):
+        self.split = split
+        self.labels: dict[str, list[str]] = {}
+        self.text_fields: dict[str, str | None] = {}
+        self._shards: list[tuple[Store, ShardInfo, list[str]]] = []
+        for number, place in enumerate([places] if isinstance(places, str | Path) else places):
+            store = Store(place, cache_dir)
+            data_set = index_file.parse(store.read_index(index_file.NAME), store.place)
+            self._open(store, data_set, first=number == 0)
+        if not self._shards:
+            raise DataError("data.dir names no data set")
+        self.starts = np.cumsum([0] + [shard.samples for _, shard, _ in self._shards])
+        self._forget()
+
+    def _open(self, store: Store, data_set: Index, first: bool) -> None:
+        if not data_set.splits.get(self.split):
+            raise DataError(f"{store.place} has no split '{self.split}': it has {', '.join(data_set.splits) or 'none'}")
+        for name, values in data_set.labels.items():
+            if self.labels.setdefault(name, values) != values:
+                raise DataError(f"{store.place}: its labels '{name}' differ from those of the other data in data.dir")
+        fields = data_set.text_fields
+        self.text_fields = dict(fields) if first else {k: v for k, v in self.text_fields.items() if k in fields}
+        for shard in data_set.splits[self.split]:
+            if not store.remote:
+                store.path(shard.name, shard.bytes)
+            load_table(store, shard, list(fields))
+            self._shards.append((store, shard, list(fields)))
+
+    def _forget(self) -> None:
+        self._tables: dict[int, np.ndarray] = {}
+        self._files: OrderedDict[int, int] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_tables": {}, "_files": OrderedDict()}
+
+    def __del__(self):
+        for handle in getattr(self, "_files", {}).values():
+            os.close(handle)
+
+    def _table(self, number: int) -> np.ndarray:
+        if number not in self._tables:
+            store, shard, fields = self._shards[number]
+            self._tables[number] = load_table(store, shard, fields)
+        return self._tables[number]
+
+    def _handle(self, number: int) -> int:
+        """An open file of the shard. `pread` keeps no position, so files inherited by a fork are safe to share."""
+        if number not in self._files:
+            store, shard, _ = self._shards[number]
+            self._files[number] = os.open(store.path(shard.name, shard.bytes), os.O_RDONLY | os.O_CLOEXEC)
+            if len(self._files) > _OPEN_FILES:
+                os.close(self._files.popitem(last=False)[1])
+        self._files.move_to_end(number)
+        return self._files[number]
+
+    def counts(self, field: str) -> np.ndarray:
+        """(samples,) int32: the number of texts of a field in each sample."""
+        if field not in self.text_fields:
+            known = ", ".join(self.text_fields) or "none"
+            raise DataError(f"text field '{field}' is not in every data set of data.dir: known are {known}")
+        return np.concatenate([self._table(i)[f"texts.{field}"].astype(np.int32) for i in range(len(self._shards))])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def key(self, number: int) -> str:
+        """The key of a sample."""
+        return self._row(number)[1]["key"].decode()
+
+    def _row(self, number: int) -> tuple[int, np.ndarray]:
+        """The number of a sample's shard and the sample's row of that shard's table."""
+        shard_number = int(np.searchsorted(self.starts, number, side="right")) - 1
+        return shard_number, self._table(shard_number)[number - self.starts[shard_number]]
+
+    def read(self, number: int) -> Sample:
+        """The sample with this number; BadSample if its bytes are not those that were written."""
+        shard_number, row = self._row(number)
+        store, shard, _ = self._shards[shard_number]
+        key, offset, size = row["key"].decode(), int(row["offset"]), int(row["size"])
+        span = os.pread(self._handle(shard_number), size, offset)
+        if len(span) != size or zlib.crc32(span) != row["crc32"]:
+            raise BadSample(
+                f"{store.folder / shard.name}: the bytes of sample '{key}' differ from the index (CRC-32); "
+                f"`python -m bt.convert verify={store.folder}` lists all faults",
+                shard.name,
+                "bytes differ from the index",
+            )
+        members = {name.removeprefix(f"{key}."): data for name, data in parse_members(span).items()}
+        info = json.loads(members.pop("json"))
+        images = {name.rpartition(".")[0] or "image": data for name, data in members.items()}
+        return Sample(key, shard.name, images, info)
+
+    def texts(self, info: Mapping[str, Any], field: str) -> list[str]:
+        """The texts of one field of a sample's json."""
+        inner = self.text_fields[field]
+        return [entry if inner is None else entry[inner] for entry in info.get(field, ())]
+
+    def all_texts(self):
+        """Every text of every field, in file order, for training a tokenizer. Images are not decoded."""
+        for number in range(len(self)):
+            info = self.read(number).info
+            for field in self.text_fields:
+                yield from self.texts(info, field)
