@@ -1,0 +1,200 @@
+"""Makes one micro-batch: reads its samples, draws what the objectives need, and turns all of it into tensors."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bt.data import draws
+from bt.data.batch import Batch
+from bt.data.draft import Draft, Needs
+from bt.data.plan import Cut, PairIndex
+from bt.data.shards import BadSample, Sample, ShardSet
+from bt.data.text import Tokenizer
+from bt.data.transforms import UNDECODABLE, Transform, decode
+from bt.errors import ConfigError, DataError
+
+_TRIES = 1000  # redraws of a false image before giving up
+
+TargetMaker = Callable[[Draft], dict[str, Tensor]]
+
+
+class BatchMaker:
+    """Cuts of a plan -> batches.
+
+    text_field: which texts of a sample make its pairs ("captions", "questions"). targets: per objective, called with
+    the draft. needs: what the objectives want drawn. on_bad_sample: "fail" raises, "skip" leaves the sample out and
+    counts it.
+    """
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        index: PairIndex,
+        *,
+        text_field: str,
+        tokenizer: Tokenizer,
+        transform: Transform,
+        seed: int,
+        max_text_len: int = 50,
+        targets: Mapping[str, TargetMaker] | None = None,
+        needs: Iterable[Needs] = (),
+        on_bad_sample: str = "fail",
+    ):
+        if on_bad_sample not in ("fail", "skip"):
+            raise ConfigError(f"data.on_bad_sample={on_bad_sample}: allowed are fail, skip")
+        needs = list(needs)
+        self.shards, self.index, self.text_field = shards, index, text_field
+        self.tokenizer, self.transform, self.seed, self.max_text_len = tokenizer, transform, seed, max_text_len
+        self.targets = dict(targets or {})
+        self.false_images = any(need.false_images for need in needs)
+        self.false_texts = max((need.false_texts for need in needs), default=0)
+        self.skip_bad = on_bad_sample == "skip"
+        if (self.false_images or self.false_texts) and len(index.samples) < 2:
+            raise DataError("false images and texts need at least two images; the chosen data has one")
+
+    def __call__(self, cut: Cut) -> Batch:
+        return _Assembly(self, cut).batch()
+
+
+class _Assembly:
+    """The work on one batch: samples read so far, and the rows given to images and texts."""
+
+    def __init__(self, maker: BatchMaker, cut: Cut):
+        self.maker = maker
+        self.skipped: Counter[str] = Counter()
+        self.samples: dict[int, Sample | None] = {}
+        self.image_rows: dict[int, int] = {}
+        self.images: list[Tensor] = []
+        self.text_rows: dict[str, int] = {}
+        owners = maker.index.sample_of(cut.pairs)
+        good = np.array([self.image_row(sample) is not None for sample in owners.tolist()], bool)
+        if not good.any():
+            raise DataError(f"all samples of a batch are bad: {', '.join(self.skipped)}")
+        self.owners = owners[good]
+        self.pairs, self.epochs, self.match = cut.pairs[good], cut.epochs[good], cut.match[good]
+
+    def sample(self, number: int) -> Sample | None:
+        """The sample, read once a batch; None if it is bad and bad ones are skipped."""
+        if number not in self.samples:
+            try:
+                self.samples[number] = self.maker.shards.read(number)
+            except BadSample as bad:
+                self._drop(number, bad)
+        return self.samples[number]
+
+    def _drop(self, number: int, bad: BadSample) -> None:
+        if not self.maker.skip_bad:
+            raise bad
+        self.samples[number] = None
+        self.skipped[f"{bad.shard}: {bad.reason}"] += 1
+
+    def image_row(self, number: int) -> int | None:
+        """The row of a sample's image; None if it is bad and bad ones are skipped."""
+        if number in self.image_rows:
+            return self.image_rows[number]
+        sample = self.sample(number)
+        if sample is None:
+            return None
+        try:
+            pixels = self.maker.transform(decode(sample.images["image"]))
+        except UNDECODABLE as error:
+            message = f"{sample.shard}: the image of sample '{sample.key}' cannot be decoded: {error}"
+            self._drop(number, BadSample(message, sample.shard, "image cannot be decoded"))
+            return None
+        except KeyError:
+            found = ", ".join(sample.images) or "none"
+            raise DataError(f"{sample.shard}: sample '{sample.key}' has no single image (images: {found})") from None
+        self.images.append(pixels)
+        return self.image_rows.setdefault(number, len(self.images) - 1)
+
+    def entry(self, pair: int, owner: int) -> tuple[str, dict[str, Any]]:
+        """The text of a pair and its entry in the json."""
+        maker = self.maker
+        entry = self.sample(owner).info[maker.text_field][pair - int(maker.index.first[owner])]
+        inner = maker.shards.text_fields[maker.text_field]
+        return (entry, {"text": entry}) if inner is None else (entry[inner], entry)
+
+    def text_row(self, text: str) -> int:
+        return self.text_rows.setdefault(text, len(self.text_rows))
+
+    def uniform(self, purpose: str, n: int) -> np.ndarray:
+        return draws.uniforms(self.maker.seed, purpose, self.epochs, self.pairs, n)
+
+    def draw_others(self, purpose: str, wanted: np.ndarray, usable: Callable[[int], bool]) -> np.ndarray:
+        """Pairs of other samples, uniform over the pairs of the split; -1 where `wanted` (pairs, n) is False.
+
+        The official code may draw the true image as the false one, or another text of it (base_dataset.py); here such
+        a draw is repeated.
+        """
+        index, columns = self.maker.index, wanted.shape[1]
+        drawn = np.full(wanted.shape, -1, np.int64)
+        missing = wanted.copy()
+        for attempt in range(_TRIES):
+            if not missing.any():
+                return drawn
+            u = draws.uniforms(self.maker.seed, purpose, self.epochs, self.pairs, columns, first=attempt * columns)
+            candidates = index.pair_at((u * index.size).astype(np.int64))
+            owners = index.sample_of(candidates)
+            fits = missing & (owners != self.owners[:, None])
+            for place in zip(*np.nonzero(fits), strict=True):
+                fits[place] = usable(int(owners[place]))
+            drawn[fits] = candidates[fits]
+            missing &= ~fits
+        raise DataError(f"no usable other image was found in {_TRIES} draws: too few images, or too many bad ones")
+
+    def false_image_rows(self) -> np.ndarray:
+        """(pairs,) image rows for the pairs that do not match, -1 elsewhere."""
+        wanted = ~self.match[:, None] & self.maker.false_images
+        drawn = self.draw_others("false_image", wanted, lambda sample: self.image_row(sample) is not None)[:, 0]
+        owners = self.maker.index.sample_of(drawn)
+        return np.array(
+            [-1 if pair < 0 else self.image_rows[owner] for pair, owner in zip(drawn, owners.tolist(), strict=True)]
+        )
+
+    def false_text_rows(self) -> np.ndarray:
+        """(pairs, false_texts) text rows."""
+        wanted = np.ones((len(self.pairs), self.maker.false_texts), bool)
+        drawn = self.draw_others("false_text", wanted, lambda sample: self.sample(sample) is not None)
+        owners = self.maker.index.sample_of(drawn)
+        rows = [
+            self.text_row(self.entry(pair, owner)[0])
+            for pair, owner in zip(drawn.ravel().tolist(), owners.ravel().tolist(), strict=True)
+        ]
+        return np.array(rows, np.int64).reshape(wanted.shape)
+
+    def batch(self) -> Batch:
+        owners = self.owners.tolist()
+        texts = [self.entry(pair, owner) for pair, owner in zip(self.pairs.tolist(), owners, strict=True)]
+        pairs = np.array([[self.image_rows[o], self.text_row(t)] for o, (t, _) in zip(owners, texts, strict=True)])
+        false_images, false_texts = self.false_image_rows(), self.false_text_rows()
+        entries = [entry for _, entry in texts]
+        image_ids = np.array(list(self.image_rows), np.int64)
+        tokens = self.maker.tokenizer.batch(list(self.text_rows), self.maker.max_text_len)
+        draft = Draft(
+            texts=tokens,
+            entries=entries,
+            pairs=pairs,
+            image_ids=image_ids,
+            pair_ids=self.pairs,
+            match=self.match,
+            false_image_rows=false_images,
+            false_text_rows=false_texts,
+            uniform=self.uniform,
+        )
+        return Batch(
+            images=torch.stack(self.images),
+            texts=tokens,
+            pairs=torch.from_numpy(pairs),
+            image_ids=torch.from_numpy(image_ids),
+            pair_ids=torch.from_numpy(self.pairs),
+            targets={name: make(draft) for name, make in self.maker.targets.items()},
+            keys=[self.samples[number].key for number in self.image_rows],
+            entries=entries,
+            skipped=dict(self.skipped),
+        )
