@@ -86,16 +86,12 @@ def check_model_targets(cfg: Any) -> None:
     check_target(cfg.encoder.vision, "encoder.vision")
     # The tokenizer is built beside the encoder, and a trained one decides the encoder's vocabulary.
     text = {k: v for k, v in cfg.encoder.text.items() if k != "tokenizer"}
-    check_target(text, "encoder.text", given=() if "vocab_size" in text else ("vocab_size",))
-    check_target(cfg.bridge, "bridge", given=GIVEN_BRIDGE)
-    check_target(cfg.cross, "cross", given=GIVEN_CROSS)
+    check_target(text, "encoder.text", given=("vocab_size",))
+    # One bridge per modality is made to the measure of the cross-modal layers.
+    check_target(cfg.bridge, "bridge", given=("width", "layers"))
+    check_target(cfg.cross, "cross")
     for name, node in cfg.task.objectives.items():
         check_target(node, f"task.objectives.{name}", first_given=True)
-
-
-# What bt.models.bridgetower.build_tower passes to these classes itself.
-GIVEN_BRIDGE = ("width", "layers")
-GIVEN_CROSS = ()
 
 
 def _hints(target: Any) -> dict[str, Any]:

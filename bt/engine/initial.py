@@ -1,0 +1,123 @@
+"""Starting from the weights of another run: what fits is taken, what does not is named."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bt.engine.checkpoint import best_checkpoint, differences, last_checkpoint, read_tensors
+from bt.errors import CheckpointError
+
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+
+
+@dataclass
+class Loaded:
+    """What a start from other weights did.
+
+    source: the file read. reused: objectives whose heads were taken; new: objectives of this model that start new;
+    unused: objectives of the checkpoint that this model has not.
+    """
+
+    source: Path
+    reused: list[str] = field(default_factory=list)
+    new: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        parts = [f"weights from {self.source}"]
+        parts += [f"{word}: {', '.join(names)}" for word, names in self._named() if names]
+        return "; ".join(parts)
+
+    def _named(self) -> list[tuple[str, list[str]]]:
+        return [
+            ("heads taken", self.reused),
+            ("new heads", self.new),
+            ("heads in the checkpoint that are not used", self.unused),
+        ]
+
+
+def weights_file(path: Path | str) -> Path:
+    """The file with the weights that `path` means.
+
+    A run directory stands for its best checkpoint, else its last; a checkpoint directory for its model.safetensors.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        checkpoint = best_checkpoint(path) or last_checkpoint(path) or path
+        if not (checkpoint / "model.safetensors").is_file():
+            raise CheckpointError(f"{path} is no run or checkpoint: it has neither checkpoints/ nor model.safetensors")
+        return checkpoint / "model.safetensors"
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist")
+    if path.suffix not in (".safetensors", *PICKLES):
+        raise CheckpointError(f"{path} is not a checkpoint: its name must end in .safetensors, {', '.join(PICKLES)}")
+    return path
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a weights file; a pickle is read without running anything that it holds."""
+    if path.suffix == ".safetensors":
+        return read_tensors(path)
+    try:
+        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{path} is refused: it holds more than tensors, and code is never executed") from error
+    except Exception as error:
+        raise CheckpointError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+    content = content.get("state_dict", content) if isinstance(content, dict) else content
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise CheckpointError(f"{path} holds no state dict of tensors")
+    return content
+
+
+def load_weights(path: Path | str, model: nn.Module, *, ignore_heads: bool = False) -> Loaded:
+    """Loads the tower, and the heads of the objectives that both have, into `model` (bt.tasks.base.TaskModel).
+
+    The tower must fit after `BridgeTower.adapt_state` (image size, channels, token types); CheckpointError names the
+    first keys and shapes that do not. A head with other shapes is an error too, unless `ignore_heads`: then it starts
+    new. No key is dropped silently.
+    """
+    source = weights_file(path)
+    state = read_weights(source)
+    tower = {key.removeprefix("tower."): value for key, value in state.items() if key.startswith("tower.")}
+    heads: dict[str, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        if key.startswith("objectives."):
+            _, name, own = key.split(".", 2)
+            heads.setdefault(name, {})[own] = value
+    foreign = [key for key in state if not key.startswith(("tower.", "objectives."))]
+    if foreign or not tower:
+        raise CheckpointError(
+            f"{source} is not a checkpoint of bt: its keys start with 'tower.' or 'objectives.', "
+            f"but here is {foreign[0] if foreign else 'no tower'}"
+        )
+    tower = model.tower.adapt_state(tower)
+    lines = differences(tower, model.tower.state_dict())
+    if lines:
+        more = f" and {len(lines) - 4} more" if len(lines) > 4 else ""
+        raise CheckpointError(
+            f"{source} holds another architecture: " + "; ".join(f"tower.{line}" for line in lines[:4]) + more
+        )
+    report = Loaded(source, unused=[name for name in heads if name not in model.objectives])
+    fitting: dict[str, Tensor] = {}
+    for name, objective in model.objectives.items():
+        lines = differences(heads[name], objective.state_dict()) if name in heads else []
+        if lines and not ignore_heads:
+            raise CheckpointError(
+                f"{source}: the head of {name} does not fit: objectives.{name}.{lines[0]}; "
+                "checkpoint.ignore_heads=true starts it new"
+            )
+        if name in heads and not lines:
+            report.reused.append(name)
+            fitting |= {f"objectives.{name}.{key}": value for key, value in heads[name].items()}
+        elif objective.state_dict():
+            report.new.append(name)
+    model.tower.load_state_dict(tower)
+    model.load_state_dict(fitting, strict=False)
+    return report

@@ -1,0 +1,108 @@
+"""AdamW with the recipe's six parameter groups, and the learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from bt.config import OptimizerConfig
+from bt.models.heads import ClassifierHead
+
+ROLES = ("base", "head", "cross")
+# The released group builder exempts norms by these endings of their names (official meter_utils.set_schedule), so
+# CLIP's ln_1, ln_2, ln_pre, ln_post and the norm inside a task head, which is number 1 of a Sequential, are decayed.
+OFFICIAL_NORM = re.compile(r"(LayerNorm|norm|norm1|norm2)$")
+
+
+def build_optimizer(model: nn.Module, cfg: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW over the parameter groups of `model` (bt.tasks.base.TaskModel).
+
+    Every group also holds `role`, `peak_lr` (what the schedule's factor is applied to) and, by torch, `param_names`.
+    """
+    return torch.optim.AdamW(
+        parameter_groups(model, cfg), lr=cfg.lr, betas=tuple(cfg.betas), eps=cfg.eps, fused=cfg.fused
+    )
+
+
+def parameter_groups(model: nn.Module, cfg: OptimizerConfig) -> list[dict[str, Any]]:
+    """{base, head, cross} x {decay, no decay}, empty ones left out; `params` are (name, parameter) pairs.
+
+    Parameters that are frozen are in no group.
+    """
+    rate = {"base": cfg.lr, "head": cfg.lr * cfg.head_multiplier, "cross": cfg.lr * cfg.cross_multiplier}
+    exempt = undecayed(model, cfg.groups)
+    groups: dict[tuple[str, bool], list[tuple[str, nn.Parameter]]] = {
+        (role, decay): [] for role in ROLES for decay in (True, False)
+    }
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[model.parameter_role(name), name not in exempt].append((name, parameter))
+    return [
+        {
+            "params": named,
+            "role": role,
+            "lr": rate[role],
+            "peak_lr": rate[role],
+            "weight_decay": cfg.weight_decay if decay else 0.0,
+        }
+        for (role, decay), named in groups.items()
+        if named
+    ]
+
+
+def undecayed(model: nn.Module, rule: str) -> set[str]:
+    """Names of the parameters without weight decay: biases, and the norms that `rule` exempts.
+
+    rule: "all_norms", or "official" for the released code's choice.
+    """
+    task_heads = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, ClassifierHead))
+    exempt: set[str] = set()
+    for path, module in model.named_modules():
+        for own, _ in module.named_parameters(recurse=False):
+            name = f"{path}.{own}" if path else own
+            if "bias" in own or (_is_norm(module) and (rule == "all_norms" or _officially_exempt(path, task_heads))):
+                exempt.add(name)
+    return exempt
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """By class name, because libraries bring norms of their own (LayerNormFp32, LayerNorm2d, RMSNorm, ...)."""
+    return any("Norm" in cls.__name__ for cls in type(module).__mro__)
+
+
+def _officially_exempt(path: str, task_heads: tuple[str, ...]) -> bool:
+    if path.startswith("tower.vision."):
+        return OFFICIAL_NORM.search(path) is not None
+    return not path.startswith(task_heads) if task_heads else True
+
+
+def make_schedule(cfg: OptimizerConfig, total_steps: int) -> Callable[[int], float]:
+    """step -> factor on every group's peak learning rate; step 0 is the first optimizer step.
+
+    All groups share one factor, so that an end rate is scaled by the multipliers too, as in the official code.
+    """
+    warmup = int(total_steps * cfg.warmup) if isinstance(cfg.warmup, float) else cfg.warmup
+    return Schedule(total_steps, warmup, cfg.decay, cfg.decay_power, cfg.end_lr / cfg.lr)
+
+
+class Schedule:
+    """Linear warm-up from 0, then polynomial decay to `end` at `total` or a half cosine to 0 (HF's two schedules)."""
+
+    def __init__(self, total: int, warmup: int, decay: str, power: float, end: float):
+        self.total, self.warmup, self.decay, self.power, self.end = total, warmup, decay, power, end
+
+    def __call__(self, step: int) -> float:
+        if step < self.warmup:
+            return step / max(1, self.warmup)
+        if self.decay == "cosine":
+            progress = (step - self.warmup) / max(1, self.total - self.warmup)
+            return max(0.0, 0.5 * (1 + math.cos(math.pi * progress)))
+        if step > self.total:
+            return self.end
+        remaining = 1 - (step - self.warmup) / max(1, self.total - self.warmup)
+        return (1 - self.end) * remaining**self.power + self.end
