@@ -6,6 +6,7 @@ import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from bt.data.batch import Batch
@@ -62,6 +63,8 @@ class Loader:
             prefetch_factor=prefetch if workers else None,
             worker_init_fn=_start_worker,
             pin_memory=pin_memory,
+            # It draws a base seed for its workers, which must not come out of the generator that dropout uses.
+            generator=torch.Generator(),
         )
 
     def __len__(self) -> int:
@@ -74,7 +77,7 @@ class Loader:
             yield item
 
 
-def make_train_loader(
+def train_loader(
     plan: TrainPlan,
     maker: BatchMaker,
     *,
@@ -89,7 +92,7 @@ def make_train_loader(
     return Loader(BatchDataset(plan, maker), positions, workers=workers, prefetch=prefetch, pin_memory=pin_memory)
 
 
-def make_eval_loader(
+def eval_loader(
     plan: EvalPlan, maker: BatchMaker, *, workers: int = 0, prefetch: int = 4, pin_memory: bool = False
 ) -> Loader:
     """The batches of an evaluation that are this rank's."""

@@ -122,6 +122,22 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     return Tokenizer(backend, _roles(backend, str(path)))
 
 
+def make_tokenizer(
+    kind: str, texts: Iterable[str], *, name: str | None = None, vocab_size: int | None = None
+) -> Tokenizer:
+    """What encoder.text.tokenizer asks for.
+
+    kind: "pretrained", the one called `name`; or "trained", on `texts`, with at most `vocab_size` entries.
+    """
+    if kind == "trained":
+        return train_tokenizer(texts, vocab_size)
+    if kind != "pretrained":
+        raise ConfigError(f"encoder.text.tokenizer.kind={kind}: allowed are pretrained, trained")
+    if not name:
+        raise ConfigError("encoder.text.tokenizer.name must name a tokenizer of transformers or a local folder")
+    return pretrained_tokenizer(name)
+
+
 def pretrained_tokenizer(name: str) -> Tokenizer:
     """The tokenizer of a transformers model, by name or local folder."""
     from transformers import AutoTokenizer  # slow to import, and not needed for trained tokenizers
