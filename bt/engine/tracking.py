@@ -1,0 +1,137 @@
+"""The journal of a run, and its mirror in MLflow.
+
+metrics.jsonl is written first and is the truth; a thread sends it on. Training neither waits for the store nor fails
+with it: what could not be sent stays in the run directory and goes out when the store is back, when the run is
+continued, or with `python -m bt.sync --run-dir DIR`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bt.config import TrackingConfig
+from bt.engine.mlflow_store import JOURNAL, Cursor, Sender, default_uri, without_secrets
+from bt.errors import DataError
+
+log = logging.getLogger("bt.tracking")
+SEND_EVERY = 5.0  # seconds between requests; lines in between go out together
+RETRY_EVERY = 15.0  # seconds between attempts while the store does not answer
+FINISH_WITHIN = 60.0  # seconds that the end of a run waits for the rest to be sent
+
+
+class Journal:
+    """metrics.jsonl: one JSON object per line with `step`, in the order of the steps."""
+
+    def __init__(self, run_dir: Path):
+        self.path = Path(run_dir) / JOURNAL
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Adds a line, with the time of day (seconds) as `time`."""
+        with open(self.path, "a") as file:
+            file.write(json.dumps({**record, "time": round(time.time(), 3)}) + "\n")
+
+    def cut(self, step: int) -> None:
+        """Removes the lines after `step`, and one that was not written to its end."""
+        kept = [line for line in self._lines() if json.loads(line)["step"] <= step]
+        temporary = self.path.with_name(f".{JOURNAL}-{os.getpid()}")
+        with open(temporary, "wb") as file:
+            file.writelines(kept)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self.path)
+
+    def records(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self._lines()]
+
+    def _lines(self) -> list[bytes]:
+        if not self.path.exists():
+            return []
+        whole = [line for line in self.path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+        for number, line in enumerate(whole, 1):
+            try:
+                json.loads(line)["step"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise DataError(f"{self.path} line {number} is not a line of metrics: {line[:60]!r}") from error
+        return whole
+
+
+class Mirror:
+    """Sends the journal to MLflow from a thread; with tracking.kind=none it does nothing.
+
+    tags: what describes the run beside its configuration (git revision, environment), sent once.
+    """
+
+    def __init__(self, cfg: TrackingConfig, run_dir: Path, name: str, tags: Mapping[str, str]):
+        self.enabled = cfg.kind == "mlflow"
+        self.run_dir = Path(run_dir)
+        if not self.enabled:
+            return
+        self.uri = default_uri(cfg.uri)
+        self.cursor = Cursor(run_dir)
+        self.cursor.set(tags=dict(tags), experiment=cfg.experiment, name=name, final=None, sent=None)
+        self.sender = Sender(self.run_dir, self.cursor, self.uri, cfg.experiment, name, cfg.timeout_seconds)
+        self.unreachable = False
+        self.ending = threading.Event()
+        (self.run_dir / JOURNAL).touch()
+        self.thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
+        self.thread.start()
+
+    @property
+    def run_id(self) -> str | None:
+        """The run in the store; None as long as there is none."""
+        return self.cursor.get("run_id") if self.enabled else None
+
+    def finish(self, status: str, artifacts: Sequence[Path] = (), tags: Mapping[str, str] | None = None) -> bool:
+        """Sends the rest and closes the run as "FINISHED" or "FAILED"; True when all of it has been sent.
+
+        artifacts: files in the run directory. Waits a bounded time; what is left is named with the command for it.
+        """
+        if not self.enabled:
+            return True
+        names = [str(Path(path).relative_to(self.run_dir)) for path in artifacts]
+        self.cursor.set(final={"status": status, "artifacts": names, "tags": dict(tags or {})})
+        self.ending.set()
+        self.thread.join(FINISH_WITHIN)
+        sent = bool(self.cursor.get("sent"))
+        if not sent:
+            log.warning(
+                f"tracking: not everything is in {without_secrets(self.uri)}; when it answers again: "
+                f"python -m bt.sync --run-dir {self.run_dir}"
+            )
+        return sent
+
+    def _work(self) -> None:
+        while True:
+            last = self.ending.is_set()
+            ok = self._attempt()
+            if last:
+                return
+            self.ending.wait(SEND_EVERY if ok else RETRY_EVERY)
+
+    def _attempt(self) -> bool:
+        try:
+            self.sender.send()
+        except Exception as error:  # nothing that a store does may end the training
+            if not self.unreachable:
+                log.warning(
+                    f"tracking: {without_secrets(self.uri)} does not take the run ({_reason(error)}); training goes "
+                    f"on, {JOURNAL} keeps everything and is sent later"
+                )
+            self.unreachable = True
+            return False
+        if self.unreachable:
+            log.info(f"tracking: {without_secrets(self.uri)} answers again, all has been sent")
+        self.unreachable = False
+        return True
+
+
+def _reason(error: Exception) -> str:
+    text = without_secrets(str(error)).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:200] if text else ''}"
