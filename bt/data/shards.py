@@ -29,6 +29,7 @@ from bt.errors import DataError
 
 _BLOCK = 512
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_SPAN = np.dtype([("offset", "<u8"), ("size", "<u4"), ("crc32", "<u4")])
 _OPEN_FILES = 64  # most shards that one process holds open
 
 
@@ -170,10 +171,10 @@ def _members(span: bytes) -> dict[str, bytes]:
 
 
 def load_table(store: Store, shard: ShardInfo, text_fields: Sequence[str]) -> np.ndarray:
-    """The table of a shard, memory-mapped; DataError if it is missing, cut or not the shard's."""
+    """The table of a shard; DataError if it is missing, cut or not the shard's."""
     path = store.path(table_name(shard.name), shard.table_bytes)
     try:
-        table = np.load(path, mmap_mode="r", allow_pickle=False)
+        table = np.load(path, allow_pickle=False)
     except (ValueError, OSError, EOFError, SyntaxError) as error:
         raise DataError(f"{path} is not a table of a shard: {error}") from None
     if table.dtype.names != table_dtype(text_fields).names or len(table) != shard.samples:
@@ -185,7 +186,8 @@ class ShardSet:
     """The samples of one split in one or more data sets, numbered in file order, read at any position.
 
     Raises DataError when opened if an index, table or shard is missing, cut or of another version; shards of a remote
-    data set are checked when they are first read. Only tables are held, memory-mapped.
+    data set are checked when they are first read. What is held is 16 bytes a sample and 4 for each text field; a fork
+    shares them.
 
     starts: (shards + 1,) int64, the first sample of each shard. labels: label maps by name.
     text_fields: see Index; only those that every data set has.
@@ -195,17 +197,24 @@ class ShardSet:
         self.split = split
         self.labels: dict[str, list[str]] = {}
         self.text_fields: dict[str, str | None] = {}
-        self._shards: list[tuple[Store, ShardInfo, list[str]]] = []
+        self._shards: list[tuple[Store, ShardInfo]] = []
+        tables: list[np.ndarray] = []
         for number, place in enumerate([places] if isinstance(places, str | Path) else places):
             store = Store(place, cache_dir)
             data_set = index_file.parse(store.read_index(index_file.NAME), store.place)
-            self._open(store, data_set, first=number == 0)
+            tables += self._open(store, data_set, first=number == 0)
         if not self._shards:
             raise DataError("data.dir names no data set")
-        self.starts = np.cumsum([0] + [shard.samples for _, shard, _ in self._shards])
-        self._forget()
+        self.starts = np.cumsum([0] + [shard.samples for _, shard in self._shards])
+        self._spans = np.concatenate([table[["offset", "size", "crc32"]] for table in tables]).astype(_SPAN)
+        self._counts = {
+            field: np.concatenate([table[f"texts.{field}"].astype(np.int32) for table in tables])
+            for field in self.text_fields
+        }
+        self._files: OrderedDict[int, int] = OrderedDict()
 
-    def _open(self, store: Store, data_set: Index, first: bool) -> None:
+    def _open(self, store: Store, data_set: Index, first: bool) -> list[np.ndarray]:
+        """Check a data set and list its shards; returns their tables."""
         if not data_set.splits.get(self.split):
             raise DataError(f"{store.place} has no split '{self.split}': it has {', '.join(data_set.splits) or 'none'}")
         for name, values in data_set.labels.items():
@@ -216,30 +225,20 @@ class ShardSet:
         for shard in data_set.splits[self.split]:
             if not store.remote:
                 store.path(shard.name, shard.bytes)
-            load_table(store, shard, list(fields))
-            self._shards.append((store, shard, list(fields)))
-
-    def _forget(self) -> None:
-        self._tables: dict[int, np.ndarray] = {}
-        self._files: OrderedDict[int, int] = OrderedDict()
+            self._shards.append((store, shard))
+        return [load_table(store, shard, list(fields)) for shard in data_set.splits[self.split]]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_tables": {}, "_files": OrderedDict()}
+        return {**self.__dict__, "_files": OrderedDict()}
 
     def __del__(self):
         for handle in getattr(self, "_files", {}).values():
             os.close(handle)
 
-    def _table(self, number: int) -> np.ndarray:
-        if number not in self._tables:
-            store, shard, fields = self._shards[number]
-            self._tables[number] = load_table(store, shard, fields)
-        return self._tables[number]
-
     def _handle(self, number: int) -> int:
         """An open file of the shard. `pread` keeps no position, so files inherited by a fork are safe to share."""
         if number not in self._files:
-            store, shard, _ = self._shards[number]
+            store, shard = self._shards[number]
             self._files[number] = os.open(store.path(shard.name, shard.bytes), os.O_RDONLY | os.O_CLOEXEC)
             if len(self._files) > _OPEN_FILES:
                 os.close(self._files.popitem(last=False)[1])
@@ -251,36 +250,38 @@ class ShardSet:
         if field not in self.text_fields:
             known = ", ".join(self.text_fields) or "none"
             raise DataError(f"text field '{field}' is not in every data set of data.dir: known are {known}")
-        return np.concatenate([self._table(i)[f"texts.{field}"].astype(np.int32) for i in range(len(self._shards))])
+        return self._counts[field]
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
     def key(self, number: int) -> str:
-        """The key of a sample."""
-        return self._row(number)[1]["key"].decode()
+        """The key of a sample, from its shard's table on disk."""
+        shard_number = self._shard_of(number)
+        store, shard = self._shards[shard_number]
+        path = store.path(table_name(shard.name), shard.table_bytes)
+        return np.load(path, mmap_mode="r", allow_pickle=False)[number - self.starts[shard_number]]["key"].decode()
 
-    def _row(self, number: int) -> tuple[int, np.ndarray]:
-        """The number of a sample's shard and the sample's row of that shard's table."""
-        shard_number = int(np.searchsorted(self.starts, number, side="right")) - 1
-        return shard_number, self._table(shard_number)[number - self.starts[shard_number]]
+    def _shard_of(self, number: int) -> int:
+        return int(np.searchsorted(self.starts, number, side="right")) - 1
 
     def read(self, number: int) -> Sample:
         """The sample with this number; BadSample if its bytes are not those that were written."""
-        shard_number, row = self._row(number)
-        store, shard, _ = self._shards[shard_number]
-        key, offset, size = row["key"].decode(), int(row["offset"]), int(row["size"])
+        offset, size, crc32 = self._spans[number].tolist()
+        shard_number = self._shard_of(number)
+        store, shard = self._shards[shard_number]
         span = os.pread(self._handle(shard_number), size, offset)
-        if len(span) != size or zlib.crc32(span) != row["crc32"]:
+        if len(span) != size or zlib.crc32(span) != crc32:
             raise BadSample(
-                f"{store.folder / shard.name}: the bytes of sample '{key}' differ from the index (CRC-32); "
-                f"`python -m bt.convert verify={store.folder}` lists all faults",
+                f"{store.folder / shard.name}: the bytes of sample '{self.key(number)}' differ from the index "
+                f"(CRC-32); `python -m bt.convert verify={store.folder}` lists all faults",
                 shard.name,
                 "bytes differ from the index",
             )
-        members = {name.removeprefix(f"{key}."): data for name, data in _members(span).items()}
-        info = json.loads(members.pop("json"))
-        images = {name.rpartition(".")[0] or "image": data for name, data in members.items()}
+        members = _members(span)
+        key = next(iter(members)).removesuffix(".json")
+        info = json.loads(members.pop(f"{key}.json"))
+        images = {name[len(key) + 1 :].rpartition(".")[0] or "image": data for name, data in members.items()}
         return Sample(key, shard.name, images, info)
 
     def texts(self, info: Mapping[str, Any], field: str) -> list[str]:

@@ -65,7 +65,8 @@ class EasyVQA(Source):
 
     Splits: `test` is the package's; of its training images those whose id divides by ten (400 of 4,000) are `val`, the
     rest `train`. A sample has `questions` and, made from its own true statements (see `statement`), `captions`, each
-    once, in the order of the questions. A question's id is its place in questions.json; train and val share one file.
+    once, in the order of the questions; eight images (three of `train`, five of `test`) have no true statement and so
+    no caption. A question's id is its place in questions.json; train and val share one file.
     """
 
     name: str = field(init=False, default="easy_vqa")

@@ -1,0 +1,58 @@
+import json
+import shutil
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+from bt.data.shards import ShardSet
+from bt.data.sources.easy_vqa import EasyVQA
+from bt.data.text import train_tokenizer
+from bt.data.write import convert
+
+RAW = Path(str(files("easy_vqa"))) / "data"
+
+
+@pytest.fixture(scope="session")
+def raw() -> Path:
+    """The raw files of easy-VQA, as the package ships them."""
+    return RAW
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory) -> Path:
+    """All of easy-VQA in shards of 500 samples; not to be written to."""
+    out = tmp_path_factory.mktemp("easy_vqa")
+    convert(EasyVQA(), out, shard_size=500)
+    return out
+
+
+@pytest.fixture(scope="session")
+def small_raw(tmp_path_factory) -> Path:
+    """A raw tree with the package's images 0-59 of each part; not to be written to."""
+    root = tmp_path_factory.mktemp("raw")
+    for part in ("train", "test"):
+        (root / "data" / part / "images").mkdir(parents=True)
+        questions = [q for q in json.loads((RAW / part / "questions.json").read_text()) if q[2] < 60]
+        (root / "data" / part / "questions.json").write_text(json.dumps(questions))
+        for number in range(60):
+            shutil.copy(RAW / part / "images" / f"{number}.png", root / "data" / part / "images")
+    shutil.copy(RAW / "answers.txt", root / "data")
+    return root
+
+
+@pytest.fixture
+def small_dir(tmp_path, small_raw) -> Path:
+    """60 + 60 images of easy-VQA in shards of 10 samples, the test's own to damage."""
+    convert(EasyVQA(str(small_raw)), tmp_path / "shards", shard_size=10)
+    return tmp_path / "shards"
+
+
+@pytest.fixture(scope="session")
+def train_set(data_dir) -> ShardSet:
+    return ShardSet(data_dir, "train")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(train_set):
+    return train_tokenizer(train_set.all_texts())

@@ -1,0 +1,44 @@
+import pytest
+
+from bt.data.shards import ShardSet
+from bt.errors import ConfigError, DataError
+from tests.data.helpers import truncate
+
+
+def test_remote_shards_are_fetched_once(small_dir, tmp_path):
+    log = tmp_path / "log"
+    place = f"pipe:echo {{name}} >> {log}; cat {small_dir}/{{name}}"
+    local, remote = ShardSet(small_dir, "train"), ShardSet(place, "train", cache_dir=str(tmp_path / "cache"))
+    assert "train-000000.npy" in log.read_text() and ".tar" not in log.read_text()
+    assert [remote.read(i) for i in (0, 33, 34)] == [local.read(i) for i in (0, 33, 34)]
+    again = ShardSet(place, "train", cache_dir=str(tmp_path / "cache"))
+    assert again.read(33) == local.read(33)
+    names = log.read_text().split()
+    assert (names.count("train-000000.tar"), names.count("train-000003.tar")) == (1, 1)
+    assert names.count("train-000000.npy") == 1
+    assert "train-000001.tar" not in names
+    assert names.count("index.json") == 2  # so that a change at the source is seen
+
+
+def test_a_changed_source_is_fetched_anew(small_dir, data_dir, tmp_path):
+    place = f"pipe:cat {tmp_path}/link/{{name}}"
+    (tmp_path / "link").symlink_to(small_dir)
+    assert len(ShardSet(place, "val", str(tmp_path / "cache"))) == 6
+    (tmp_path / "link").unlink()
+    (tmp_path / "link").symlink_to(data_dir)
+    remote = ShardSet(place, "val", str(tmp_path / "cache"))
+    assert remote.read(399) == ShardSet(data_dir, "val").read(399)
+
+
+def test_remote_errors_are_one_line(small_dir, tmp_path):
+    with pytest.raises(ConfigError, match="data.cache_dir must name a folder"):
+        ShardSet("https://example.org/coco", "train")
+    cache = str(tmp_path / "cache")
+    with pytest.raises(DataError, match="cannot fetch pipe:cat /nowhere/index.json") as caught:
+        ShardSet("pipe:cat /nowhere/{name} 2>/dev/null", "train", cache)
+    assert "\n" not in str(caught.value)
+    data = ShardSet(f"pipe:cat {small_dir}/{{name}}", "train", cache)
+    truncate(small_dir / "train-000000.tar", 512)
+    with pytest.raises(DataError, match="truncated file: pipe:cat .*train-000000.tar"):
+        data.read(0)
+    assert not list((tmp_path / "cache").glob("*/*.tar"))
