@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -96,10 +97,13 @@ def _checked(node: DictConfig, schema: type) -> Any:
 def _run(program: Callable[[], None]) -> None:
     # Without this Hydra prints errors itself, in many lines, and exits.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    _progress["composed"] = False
+    _failed_members.clear()
     debug = "debug=true" in [argument.lower() for argument in sys.argv[1:]]
     _log_to_stdout()
     try:
         _check_sweep(sys.argv[1:])
+        sys.argv[1:] = _options_first(sys.argv[1:])
         program()
     except _Stop as stop:
         _fail(stop.__cause__, debug)
@@ -133,6 +137,22 @@ def _check_sweep(arguments: list[str]) -> None:
     for argument in arguments:
         if re.match(r"\+{0,2}sweep=.*,", argument):
             raise ConfigError(f"{argument}: one sweep at a time; run the command once for each")
+
+
+def _options_first(arguments: list[str]) -> list[str]:
+    """`key=value -m key=value` as `-m key=value key=value`, because argparse takes overrides in one piece only."""
+    with_value = {s for action in get_args_parser()._actions if action.nargs != 0 for s in action.option_strings}
+    options: list[str] = []
+    overrides: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        if not argument.startswith("-"):
+            overrides.append(argument)
+            continue
+        options.append(argument)
+        if argument in with_value and (value := next(rest, None)) is not None:
+            options.append(value)
+    return options + overrides
 
 
 def _log_to_stdout() -> None:

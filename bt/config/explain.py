@@ -37,6 +37,8 @@ def explain(error: BaseException, overrides: Sequence[str] = ()) -> str:
         r"Value '(.*)' of type '\w+' is incompatible with type hint 'Union\[int, float\]'", text, re.S
     ):
         return f"{prefix}{_full_key(source)}={match[1]} has the wrong type: must be a number"
+    if match := re.search(r"Value '(.*)' is not a valid bool", text, re.S):
+        return f"{prefix}{_full_key(source)}={match[1]} has the wrong type: must be true or false"
     if "mandatory value" in text.lower():
         return f"{_full_key(source)} must be given"
     if "Ambiguous value" in text:
@@ -113,7 +115,5 @@ def _type_words(name: str) -> str:
     return {
         "Float": "a number",
         "Integer": "a whole number",
-        "Bool": "true or false",
-        "Boolean": "true or false",
         "String": "text",
     }.get(name, name)
