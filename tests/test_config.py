@@ -178,7 +178,8 @@ def test_hydra_leaves_nothing_behind(command, tmp_path):
 def test_help_and_cfg_answer_without_loading_a_framework(tmp_path):
     code = (
         "import atexit, runpy, sys\n"
-        "atexit.register(lambda: print('frameworks:', sorted({'torch', 'transformers', 'mlflow'} & set(sys.modules))))\n"
+        "slow = {'torch', 'transformers', 'mlflow'}\n"
+        "atexit.register(lambda: print('frameworks:', sorted(slow & set(sys.modules))))\n"
         "runpy.run_module('bt.train', run_name='__main__')\n"
     )
     for arguments, expected in ((["--help"], "experiment: "), (["--cfg", "job", "seed=7"], "seed: 7\n")):
