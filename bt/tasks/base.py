@@ -83,6 +83,10 @@ class Objective(nn.Module):
     def forward(self, shared: Shared, targets: dict[str, Tensor]) -> Result:
         raise NotImplementedError
 
+    def predictions(self, batch: Batch, result: Result) -> list[dict[str, Any]]:
+        """One JSON object per prediction of an evaluated batch; none by default."""
+        return []
+
 
 class TaskModel(nn.Module):
     """Tower and objectives under one `forward(batch)`, so that a parallel wrapper sees every parameter."""
@@ -103,7 +107,7 @@ class TaskModel(nn.Module):
         )
 
     def parameter_role(self, name: str) -> str:
-        """"base", "cross" or "head": which learning-rate multiplier a parameter takes."""
+        """ "base", "cross" or "head": which learning-rate multiplier a parameter takes."""
         if name.startswith("tower."):
             return self.tower.parameter_role(name.removeprefix("tower."))
         _, objective, own = name.split(".", 2)

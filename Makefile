@@ -1,0 +1,42 @@
+# Targets make the virtual environment themselves; `make help` explains them.
+SHELL := /bin/bash
+PYTHON ?= python3.11
+VENV := .venv
+RUN := $(VENV)/bin/python
+# Further key=value settings for the demo's training runs, such as: make demo ARGS="bridge=none seed=1"
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint format baselines clean
+
+help:  ## Show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+venv: $(VENV)/.installed  ## Make .venv with everything that the other targets need (about 7 GB, 4 to 6 minutes)
+
+$(VENV)/.installed: pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; install Python 3.11 or newer, or give PYTHON=python3.x" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -e '.[dev,slurm]'
+	@touch $@
+
+demo: $(VENV)/.installed  ## Pre-train and fine-tune a small BridgeTower on easy-VQA, report against baselines (under 10 minutes on 2 cores)
+	$(RUN) -m bt.demo $(ARGS)
+
+test: $(VENV)/.installed  ## Run the tests (about 6 minutes on 2 cores)
+	$(RUN) -m pytest
+
+lint: $(VENV)/.installed  ## Check style and formatting
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: $(VENV)/.installed  ## Format the code
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+baselines: $(VENV)/.installed  ## Measure the demo's baselines again (majority, question only, the data set author's CNN; about 15 minutes)
+	$(RUN) -m bt.bench.baselines
+
+clean:  ## Remove the virtual environment and caches; runs/ and data/ stay
+	rm -rf $(VENV) .pytest_cache .ruff_cache *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,126 @@
+"""What every command that needs a model puts together from a run's configuration: tokenizer, model, loaders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from hydra.utils import get_class
+
+from bt.config import Config
+from bt.data.collate import BatchMaker
+from bt.data.dataset import Loader, eval_loader, train_loader
+from bt.data.plan import EvalPlan, PairIndex, TrainPlan, choose_samples
+from bt.data.shards import ShardSet
+from bt.data.text import Tokenizer, load_tokenizer, make_tokenizer
+from bt.data.transforms import make_transform
+from bt.engine.distributed import World
+from bt.engine.initial import weights_file
+from bt.errors import ConfigError
+from bt.models.bridgetower import build_tower
+from bt.tasks.base import Context, TaskModel
+
+
+def find_tokenizer(cfg: Config, run_dir: Path, train: ShardSet) -> Tokenizer:
+    """The run's own tokenizer if it has one already, else that of init_from, else a new one."""
+    kept = run_dir / "tokenizer.json"
+    if kept.is_file():
+        return load_tokenizer(kept)
+    if cfg.init_from and cfg.encoder.text["tokenizer"].get("kind") == "trained":
+        # Token ids mean what they meant when the weights were trained.
+        return load_tokenizer(weights_file(cfg.init_from).with_name("tokenizer.json"))
+    return make_tokenizer(texts=train.all_texts(), **cfg.encoder.text["tokenizer"])
+
+
+def build_model(cfg: Config, tokenizer: Tokenizer, labels: Mapping[str, list[str]]) -> TaskModel:
+    """The tower and the task's objectives, new weights drawn from cfg.seed."""
+    torch.manual_seed(cfg.seed)
+    tower = build_tower(asdict(cfg.encoder), cfg.bridge, cfg.cross, vocab_size=tokenizer.vocab_size)
+    if cfg.data.max_text_len > tower.text.max_positions:
+        raise ConfigError(
+            f"data.max_text_len={cfg.data.max_text_len}: encoder.text takes at most {tower.text.max_positions} tokens"
+        )
+    context = Context(tower.width, tower.text.width, tower.vision.width, tokenizer, labels)
+    objectives = {
+        name: get_class(node["_target_"])(context, **{key: value for key, value in node.items() if key != "_target_"})
+        for name, node in cfg.task.objectives.items()
+    }
+    tower.set_gradient_checkpointing(cfg.trainer.gradient_checkpointing)
+    return TaskModel(tower, objectives)
+
+
+class Data:
+    """The loaders of a run, and what is to be known of its training data before them."""
+
+    def __init__(self, cfg: Config, world: World, model: TaskModel, tokenizer: Tokenizer):
+        self.cfg, self.world, self.model, self.tokenizer = cfg, world, model, tokenizer
+
+    def maker(self, shards: ShardSet, index: PairIndex, transform: str) -> BatchMaker:
+        vision, objectives = self.model.tower.vision, self.model.objectives
+        return BatchMaker(
+            shards,
+            index,
+            text_field=self.cfg.task.texts,
+            tokenizer=self.tokenizer,
+            transform=make_transform(transform, vision.image_size, vision.channels),
+            seed=self.cfg.seed,
+            max_text_len=self.cfg.data.max_text_len,
+            targets={name: objective.targets for name, objective in objectives.items()},
+            needs=[objective.needs for objective in objectives.values()],
+            on_bad_sample=self.cfg.data.on_bad_sample,
+        )
+
+    def plan(self, shards: ShardSet) -> TrainPlan:
+        data, world = self.cfg.data, self.world
+        per_rank, remainder = divmod(self.cfg.global_batch, world.size)
+        micro = self.cfg.trainer.micro_batch or max(per_rank, 1)
+        if remainder or per_rank % micro:
+            unit = world.size * micro
+            below = self.cfg.global_batch // unit * unit
+            nearest = f"{below} and {below + unit}" if below else str(unit)
+            raise ConfigError(
+                f"global_batch={self.cfg.global_batch} is not a multiple of {world.size} ranks x "
+                f"trainer.micro_batch={micro}: the nearest that are: {nearest}"
+            )
+        chosen = choose_samples(int(shards.starts[-1]), data.fraction, data.max_samples)
+        return TrainPlan(
+            PairIndex(shards.counts(self.cfg.task.texts), chosen),
+            shards.starts,
+            seed=self.cfg.seed,
+            global_batch=self.cfg.global_batch,
+            world=world.size,
+            rank=world.rank,
+            accumulation=per_rank // micro,
+            texts_per_image=data.texts_per_image,
+            order=data.order,
+            shuffle_shards=data.shuffle_shards,
+        )
+
+    def train(self, shards: ShardSet, plan: TrainPlan, start_step: int, total_steps: int) -> Loader:
+        data = self.cfg.data
+        return train_loader(
+            plan,
+            self.maker(shards, plan.index, data.train_transform),
+            start_step=start_step,
+            total_steps=total_steps,
+            workers=data.workers,
+            prefetch=data.prefetch,
+            pin_memory=self.world.device.type == "cuda",
+        )
+
+    def evaluation(self, split: str) -> Loader:
+        data, world = self.cfg.data, self.world
+        shards = ShardSet(data.dir, split, data.cache_dir)
+        chosen = choose_samples(int(shards.starts[-1]), most=self.cfg.eval.max_samples)
+        index = PairIndex(shards.counts(self.cfg.task.texts), chosen)
+        # Evaluation draws (ITM pairs, masks) are the same for every training seed, so that runs can be compared.
+        plan = EvalPlan(index, seed=0, batch=self.cfg.eval.batch, world=world.size, rank=world.rank)
+        return eval_loader(
+            plan,
+            self.maker(shards, index, data.eval_transform),
+            workers=data.workers,
+            prefetch=data.prefetch,
+            pin_memory=world.device.type == "cuda",
+        )

@@ -1,0 +1,100 @@
+"""`make demo`: pre-trains and fine-tunes a small BridgeTower on easy-VQA with the ordinary commands, and reports.
+
+    python -m bt.demo [bridge=none] [seed=1] [run_dir=runs/demo] [...]
+
+Further key=value settings go to both training runs; run_dir is where the demo's two runs and its report go.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from bt.data.shards import ShardSet
+from bt.data.transforms import decode
+
+DATA_DIR = Path("data/easy_vqa")
+LEAST_ACCURACY = 0.97
+BASELINES = Path(__file__).parent / "bench" / "baselines.json"
+
+
+def run_module(module: str, *arguments: str) -> float:
+    """Runs one of the suite's commands as a user would, and returns its seconds; ends the demo if it fails."""
+    print(f"\n$ python -m {module} {' '.join(arguments)}", flush=True)
+    start = time.perf_counter()
+    status = subprocess.run([sys.executable, "-m", module, *arguments]).returncode
+    if status:
+        sys.exit(status)
+    return time.perf_counter() - start
+
+
+def load_json(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def table(rows: list[tuple[str, float, str]]) -> str:
+    lines = [f"{'':24s}{'test accuracy':>14s}", "-" * 72]
+    lines += [f"{name:24s}{100 * accuracy:12.2f} %  {remark}" for name, accuracy, remark in rows]
+    return "\n".join(lines)
+
+
+def draw_questions(vqa_dir: Path, out: Path, count: int = 12) -> None:
+    """Some test questions with image, answer and truth: wrong answers first, then one question an image."""
+    predictions = [json.loads(line) for line in (vqa_dir / "predictions-test.jsonl").read_text().splitlines()]
+    wrong = [p for p in predictions if p["score"] < 1][: count // 3]
+    first_of_image = list({p["image"]: p for p in predictions if p["score"] >= 1}.values())
+    shown = wrong + first_of_image[:: max(1, len(first_of_image) // count)][: count - len(wrong)]
+    images = ShardSet([DATA_DIR], "test")
+    rows = {images.key(i): i for i in range(len(images))}
+    figure, axes = plt.subplots(3, count // 3, figsize=(11, 9))
+    for axis, prediction in zip(axes.flat, shown, strict=False):
+        sample = images.read(rows[prediction["image"]])
+        axis.imshow(decode(next(iter(sample.images.values())), channels=3))
+        right = prediction["score"] >= 1
+        answers = f"{prediction['answer']}" if right else f"{prediction['answer']} (true: {prediction['truth']})"
+        axis.set_title(f"{prediction['question']}\n{answers}", fontsize=8, color="black" if right else "crimson")
+    for axis in axes.flat:
+        axis.axis("off")
+    figure.tight_layout()
+    figure.savefig(out, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    overrides = [a for a in sys.argv[1:] if not a.startswith("run_dir=")]
+    root = Path(next((a.split("=", 1)[1] for a in sys.argv[1:] if a.startswith("run_dir=")), "runs/demo"))
+    pretrain, vqa = root / "pretrain", root / "vqa"
+    seconds = {"shards": run_module("bt.convert", "source=easy_vqa", f"out_dir={DATA_DIR}")}
+    seconds["pre-training"] = run_module(
+        "bt.train", "experiment=easy_vqa_pretrain", f"data.dir={DATA_DIR}", f"run_dir={pretrain}", *overrides
+    )
+    seconds["fine-tuning and test"] = run_module(
+        "bt.train", "experiment=easy_vqa", f"data.dir={DATA_DIR}", f"init_from={pretrain}", f"run_dir={vqa}", *overrides
+    )
+    report, baselines = load_json(vqa / "report.json"), load_json(BASELINES)
+    accuracy = report["metrics"]["vqa/test/score"]
+    draw_questions(vqa, root / "questions.png")
+    recorded = f"recorded {baselines['date']}"
+    rows = [(name, value, recorded) for name, value in baselines["accuracy"].items()]
+    rows.append(("this model", accuracy, "measured just now, pre-training included"))
+    summary = {"accuracy": accuracy, "seconds": seconds, "baselines": baselines, "fine_tuning": report}
+    (root / "report.json").write_text(json.dumps(summary, indent=2) + "\n")
+    print(f"\n{table(rows)}\n")
+    print("where the time went: " + ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items()))
+    print(f"recorded rows: {baselines['machine']}; measured again by `{baselines['command']}`")
+    print(f"written: {root}/report.json, {root}/questions.png, {pretrain}/curves.png, {vqa}/curves.png")
+    print(f"every step in MLflow: {Path(sys.executable).parent}/mlflow ui --backend-store-uri sqlite:///mlflow.db")
+    if accuracy < LEAST_ACCURACY:
+        sys.exit(f"error: test accuracy {100 * accuracy:.2f} % is below {100 * LEAST_ACCURACY:.0f} %")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,246 @@
+"""Training and evaluation: plain loops over batches."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from bt.data.batch import Batch
+from bt.engine.distributed import World, all_sum
+from bt.engine.metrics import Means
+from bt.errors import UserError
+
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class NonFiniteLoss(UserError):
+    """A loss became NaN or infinite."""
+
+
+class Stopped(UserError):
+    """A signal asked for the end; everything up to the running step is saved."""
+
+
+@dataclass
+class StepReport:
+    """What one logging step says: its losses; speed, images and skipped images of this rank since the last one."""
+
+    step: int
+    epoch: float
+    losses: dict[str, float]
+    learning_rates: dict[str, float]
+    pairs_per_second: float
+    data_wait_share: float
+    images: int
+    skipped: dict[str, int] = field(default_factory=dict)
+
+
+def autocast(device: torch.device, precision: str):
+    dtype = AUTOCAST[precision]
+    return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
+
+
+def wrap(model: nn.Module, world: World) -> nn.Module:
+    """The module whose forward synchronises gradients over ranks.
+
+    find_unused_parameters: which parameters a loss reaches depends on the objectives (MLM alone leaves the poolers
+    out), and a parameter without gradient must stay without one, neither moved nor decayed.
+    """
+    if world.size == 1:
+        return model
+    ids = [world.device.index] if world.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=ids, find_unused_parameters=True)
+
+
+class Trainer:
+    """The state of a training run: model, optimizer, schedule and position.
+
+    model: bt.tasks.base.TaskModel. schedule: step -> factor on every group's peak learning rate.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        schedule: Callable[[int], float],
+        world: World,
+        *,
+        seed: int,
+        precision: str = "fp32",
+        grad_clip: float | None = None,
+    ):
+        self.model, self.optimizer, self.schedule, self.world = model, optimizer, schedule, world
+        self.wrapped = wrap(model, world)
+        self.seed, self.precision, self.grad_clip = seed, precision, grad_clip
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
+        self.names = list(model.objectives)
+        self.weights = [model.objectives[name].weight for name in self.names]
+        self.step = 0
+        self._unchecked: tuple[int, list[str], Tensor] | None = None
+
+    def train_step(self, micro_batches: list[Batch], stop: bool = False) -> tuple[Tensor, bool]:
+        """One optimizer step over this rank's micro-batches.
+
+        Returns the losses, (objectives,) float64 on the device: this rank's share of each objective's mean over the
+        global batch (their sum over ranks is the loss); and whether any rank asked to stop.
+        """
+        factor = self.schedule(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+        # Dropout is drawn from (seed, step, rank), so that resuming needs no saved generator.
+        torch.manual_seed(int(np.random.SeedSequence([self.seed, self.step, self.world.rank]).generate_state(1)[0]))
+        counts = sum(self.model.counts(batch) for batch in micro_batches)
+        # On the host, in one collective: how many terms each mean has, and whether to stop.
+        agreed = all_sum(torch.cat([counts, torch.tensor([float(stop)], dtype=counts.dtype)]))
+        counts = agreed[:-1].clamp(min=1.0)
+        scale = [weight / count for weight, count in zip(self.weights, counts.tolist(), strict=True)]
+        losses = torch.zeros(len(self.names), dtype=torch.float64, device=self.world.device)
+        for i, batch in enumerate(micro_batches):
+            last = i == len(micro_batches) - 1
+            with contextlib.nullcontext() if last or self.world.size == 1 else self.wrapped.no_sync():
+                with autocast(self.world.device, self.precision):
+                    results = self.wrapped(batch.to(self.world.device))
+                total = sum(results[name].loss * share for name, share in zip(self.names, scale, strict=True))
+                # The wrapper averages gradients over ranks; the mean over the global batch wants their sum.
+                self.scaler.scale(total * self.world.size).backward()
+            losses += torch.stack([results[name].loss.detach().double() for name in self.names])
+        if self.grad_clip is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        losses /= counts.to(losses.device)
+        # Looking at a loss one step late keeps the host ahead of a GPU.
+        self._check_loss()
+        self._unchecked = self.step, [key for batch in micro_batches for key in batch.keys], losses
+        return losses, bool(agreed[-1])
+
+    def _check_loss(self) -> None:
+        if self._unchecked is None:
+            return
+        (step, keys, losses), self._unchecked = self._unchecked, None
+        bad = [name for name, value in zip(self.names, losses.tolist(), strict=True) if not np.isfinite(value)]
+        if bad:
+            shown = ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
+            raise NonFiniteLoss(f"the loss of {', '.join(bad)} is not finite at step {step}; images: {shown}")
+
+    def check_finite(self) -> None:
+        """Raises NonFiniteLoss if the last loss or a weight is NaN or infinite; before anything is saved."""
+        self._check_loss()
+        for name, parameter in self.model.named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise NonFiniteLoss(f"{name} is not finite after step {self.step}")
+
+    def learning_rates(self) -> dict[str, float]:
+        return {group["role"]: group["lr"] for group in self.optimizer.param_groups}
+
+
+class StopSignal:
+    """Remembers SIGTERM, SIGINT or SIGUSR2 until the running step is done; a second one ends at once."""
+
+    def __init__(self):
+        self.name: str | None = None
+
+    def __enter__(self) -> StopSignal:
+        self.previous = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)}
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame) -> None:
+        if self.name:
+            raise KeyboardInterrupt
+        self.name = signal.Signals(number).name
+
+
+def fit(
+    trainer: Trainer,
+    batches: Iterable[Batch],
+    *,
+    total_steps: int,
+    accumulation: int,
+    global_batch: int,
+    epoch_pairs: int,
+    log_every: int,
+    on_log: Callable[[StepReport], None],
+    after_step: Callable[[int, bool], None],
+) -> None:
+    """Steps from `trainer.step` to `total_steps`.
+
+    batches: this rank's micro-batches from the first one of `trainer.step` on. after_step(step, stop) is called
+    after every step with the number of steps done and whether a signal asked for the end (on any rank).
+    """
+    iterator: Iterator[Batch] = iter(batches)
+    waited, mark, mark_step, images, skipped = 0.0, time.perf_counter(), trainer.step, 0, Counter()
+    with StopSignal() as stop:
+        while trainer.step < total_steps:
+            trainer.model.train()
+            start = time.perf_counter()
+            micro_batches = [next(iterator) for _ in range(accumulation)]
+            waited += time.perf_counter() - start
+            for batch in micro_batches:
+                images += len(batch.keys)
+                skipped.update(batch.skipped)
+            losses, stopping = trainer.train_step(micro_batches, bool(stop.name))
+            if trainer.step % log_every == 0 or trainer.step == total_steps:
+                values = all_sum(losses.clone()).tolist()
+                elapsed = max(time.perf_counter() - mark, 1e-9)
+                report = StepReport(
+                    step=trainer.step,
+                    epoch=trainer.step * global_batch / epoch_pairs,
+                    losses=dict(zip(trainer.names, values, strict=True)),
+                    learning_rates=trainer.learning_rates(),
+                    pairs_per_second=(trainer.step - mark_step) * global_batch / elapsed,
+                    data_wait_share=waited / elapsed,
+                    images=images,
+                    skipped=dict(skipped),
+                )
+                on_log(report)
+                waited, mark, mark_step, images, skipped = 0.0, time.perf_counter(), trainer.step, 0, Counter()
+            paused = time.perf_counter()
+            after_step(trainer.step, stopping)
+            mark += time.perf_counter() - paused
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    world: World,
+    *,
+    split: str,
+    precision: str = "fp32",
+    predictions: list[dict] | None = None,
+) -> dict[str, float]:
+    """Means over a split as {"task/split/metric": value}; every rank calls it with its share of the batches.
+
+    predictions: this rank's predictions are appended to it.
+    """
+    model.eval()
+    means = Means(world.device)
+    for batch in batches:
+        with autocast(world.device, precision):
+            results = model(batch.to(world.device))
+        for name, result in results.items():
+            count = model.objectives[name].count(batch.targets[name])
+            if count:
+                means.add(f"{name}/{split}/loss", result.loss / count, count)
+            for metric, values in result.metrics.items():
+                values, weights = values if isinstance(values, tuple) else (values, 1.0)
+                means.add(f"{name}/{split}/{metric}", values, weights)
+            if predictions is not None:
+                predictions += model.objectives[name].predictions(batch, result)
+    return means.compute()

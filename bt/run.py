@@ -1,0 +1,311 @@
+"""A training run: from its configuration to its report."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bt.assemble import Data, build_model, find_tokenizer
+from bt.config import Config, prepare_run_dir, resolve_run_dir
+from bt.data.shards import ShardSet
+from bt.engine import checkpoint, distributed, report
+from bt.engine.distributed import World
+from bt.engine.initial import load_weights
+from bt.engine.loop import NonFiniteLoss, StepReport, Stopped, Trainer, evaluate, fit
+from bt.engine.optimizer import build_optimizer, make_schedule
+from bt.engine.progress import Progress, table
+from bt.engine.tracking import Journal, Mirror
+from bt.errors import ConfigError, DataError
+from bt.tasks.base import TaskModel
+
+log = logging.getLogger("bt")
+
+
+class Training:
+    """One training run from its configuration to its report."""
+
+    def __init__(self, cfg: Config, world: World):
+        self.cfg, self.world = cfg, world
+        self.began = time.perf_counter()
+        set_numerics(cfg)
+        train_set = ShardSet(cfg.data.dir, cfg.data.train_split, cfg.data.cache_dir)
+        self.run_dir = resolve_run_dir(cfg)
+        self.tokenizer = find_tokenizer(cfg, self.run_dir, train_set)
+        self.model = build_model(cfg, self.tokenizer, train_set.labels)
+        self.data = Data(cfg, world, self.model, self.tokenizer)
+        self.plan = self.data.plan(train_set)
+        self.train_set = train_set
+        steps = [self.plan.steps(cfg.trainer.epochs)] if cfg.trainer.epochs else []
+        self.total_steps = min(steps + ([cfg.trainer.max_steps] if cfg.trainer.max_steps else []))
+        self.best: dict[str, Any] | None = None
+        self.seconds = 0.0  # of this run, earlier starts included
+        self.pairs_per_second: list[float] = []
+        self.images_seen, self.images_skipped = 0, 0
+
+    def prepare(self) -> None:
+        """Makes or checks the run's directory (rank 0), loads weights, and goes to the step to start from."""
+        if self.world.main:
+            prepare_run_dir(self.cfg)
+            if not (self.run_dir / "tokenizer.json").exists():
+                self.tokenizer.save(self.run_dir / "tokenizer.json")
+        distributed.barrier()
+        last = checkpoint.last_checkpoint(self.run_dir)
+        if last is None and self.cfg.init_from:
+            loaded = load_weights(self.cfg.init_from, self.model, ignore_heads=self.cfg.checkpoint.ignore_heads)
+            self.say(str(loaded))
+        self.model.to(self.world.device)
+        optimizer = build_optimizer(self.model, self.cfg.optimizer)
+        schedule = make_schedule(self.cfg.optimizer, self.total_steps)
+        state = checkpoint.resume(last, self.model, optimizer) if last else {}
+        self.trainer = Trainer(
+            self.model,
+            optimizer,
+            schedule,
+            self.world,
+            seed=self.cfg.seed,
+            precision=self.cfg.trainer.precision,
+            grad_clip=self.cfg.trainer.grad_clip,
+        )
+        self.journal = Journal(self.run_dir)
+        if state:
+            self.trainer.step = state["step"]
+            self.trainer.scaler.load_state_dict(state["scaler"])
+            self.best, self.seconds = state["best"], state["seconds"]
+            self.images_seen, self.images_skipped = state["images_seen"], state["images_skipped"]
+        if self.world.main:
+            self.journal.cut(self.trainer.step)
+        self.saved_at = time.perf_counter()
+
+    def say(self, line: str) -> None:
+        if self.world.main:
+            log.info(line)
+
+    def elapsed(self) -> float:
+        return self.seconds + time.perf_counter() - self.began
+
+    def run(self) -> float | None:
+        """Trains to the end, evaluates the best checkpoint and writes the report; returns the objective metric."""
+        self.prepare()
+        step, total = self.trainer.step, self.total_steps
+        self.say(
+            f"{'continuing' if step else 'starting'} at step {step} of {total}, "
+            f"{self.plan.pairs_per_epoch:,} pairs an epoch, {self.cfg.global_batch} a step; run_dir={self.run_dir}"
+        )
+        mirror = self.mirror()
+        self.progress = Progress(total, step, shown=self.world.main)
+        try:
+            fit(
+                self.trainer,
+                self.data.train(self.train_set, self.plan, step, total),
+                total_steps=total,
+                accumulation=self.plan.accumulation,
+                global_batch=self.cfg.global_batch,
+                epoch_pairs=self.plan.pairs_per_epoch,
+                log_every=self.cfg.trainer.log_every,
+                on_log=self.on_log,
+                after_step=self.after_step,
+            )
+            self.progress.close()
+            metrics = self.final_metrics()
+        except BaseException as error:
+            self.progress.close()
+            if mirror:
+                mirror.finish("KILLED" if isinstance(error, Stopped | KeyboardInterrupt) else "FAILED")
+            if isinstance(error, NonFiniteLoss):
+                raise NonFiniteLoss(f"{error}; last good checkpoint: {self.last_checkpoint()}") from error
+            raise
+        if self.world.main:
+            self.report(metrics, mirror)
+        return metrics.get(self.cfg.task.metric)
+
+    def mirror(self) -> Mirror | None:
+        if not self.world.main:
+            return None
+        return Mirror(self.cfg.tracking, self.run_dir, self.cfg.name, report.tracking_tags(self.world.device))
+
+    def on_log(self, step: StepReport) -> None:
+        self.pairs_per_second.append(step.pairs_per_second)
+        self.images_seen += step.images
+        self.images_skipped += sum(step.skipped.values())
+        if self.images_skipped > self.cfg.data.max_bad_share * self.images_seen:
+            raise DataError(
+                f"{self.images_skipped} of {self.images_seen} images were bad, more than data.max_bad_share="
+                f"{self.cfg.data.max_bad_share}: {', '.join(f'{k} ({n})' for k, n in step.skipped.items())}"
+            )
+        if not self.world.main:
+            return
+        for reason, count in step.skipped.items():
+            log.warning(f"left out {count} images: {reason}")
+        record = {"step": step.step, "epoch": round(step.epoch, 4)}
+        record |= {f"{name}/train/loss": value for name, value in step.losses.items()}
+        record |= {f"lr/{role}": value for role, value in step.learning_rates.items()}
+        record |= {"pairs_per_second": step.pairs_per_second, "data_wait_share": step.data_wait_share}
+        self.journal.append(record)
+        self.progress.report(step.step, step.epoch, step.losses, step.pairs_per_second)
+
+    def after_step(self, step: int, stop: bool) -> None:
+        if self.world.main:
+            self.progress.step(step)
+        cfg, last = self.cfg.checkpoint, step == self.total_steps
+        if self.is_evaluation(step):
+            self.save(self.evaluate(step))
+        elif (
+            stop
+            or last
+            or (cfg.every_steps and step % cfg.every_steps == 0)
+            or (cfg.every_minutes and time.perf_counter() - self.saved_at > 60 * cfg.every_minutes)
+        ):
+            self.save()
+        if stop and not last:
+            raise Stopped(f"stopped by a signal after step {step}; the same command goes on from there")
+
+    def is_evaluation(self, step: int) -> bool:
+        every, cfg = self.cfg.eval.every_steps, self.cfg
+        if every is None and cfg.eval.every_epochs is not None:
+            every = cfg.eval.every_epochs * self.plan.pairs_per_epoch / cfg.global_batch
+        # An interval of a fractional number of steps: the first step at or past each multiple of it.
+        return every is not None and (step == self.total_steps or step // every > (step - 1) // every)
+
+    def evaluate(self, step: int) -> bool:
+        """Evaluates on the validation split; True if it is the best so far."""
+        cfg = self.cfg
+        metrics = evaluate(
+            self.model,
+            self.data.evaluation(cfg.data.val_split),
+            self.world,
+            split="val",
+            precision=cfg.trainer.precision,
+        )
+        if cfg.task.metric not in metrics:
+            raise ConfigError(f"task.metric={cfg.task.metric} was not measured: there are {', '.join(metrics)}")
+        value = metrics[cfg.task.metric]
+        sign = 1 if cfg.task.mode == "max" else -1
+        best = self.best is None or sign * value > sign * self.best["value"]
+        if best:
+            self.best = {"metric": cfg.task.metric, "value": value, "step": step, "metrics": metrics}
+        if self.world.main:
+            epoch = step * cfg.global_batch / self.plan.pairs_per_epoch
+            self.journal.append({"step": step, "epoch": round(epoch, 4), **metrics})
+            shown = "  ".join(f"{name} {number:.4f}" for name, number in metrics.items())
+            self.progress.say(f"evaluation at step {step}: {shown}{'  (best)' if best else ''}")
+        return best
+
+    def save(self, best: bool = False) -> None:
+        self.trainer.check_finite()
+        if self.world.main:
+            state = {
+                "config": self.cfg.recorded,
+                "scaler": self.trainer.scaler.state_dict(),
+                "best": self.best,
+                "seconds": self.elapsed(),
+                "images_seen": self.images_seen,
+                "images_skipped": self.images_skipped,
+            }
+            checkpoint.save(
+                self.run_dir,
+                step=self.trainer.step,
+                model=self.model,
+                optimizer=self.trainer.optimizer,
+                state=state,
+                best=best,
+                tokenizer=self.run_dir / "tokenizer.json",
+            )
+        self.saved_at = time.perf_counter()
+
+    def last_checkpoint(self) -> str:
+        return str(checkpoint.last_checkpoint(self.run_dir) or "none was saved yet")
+
+    def final_metrics(self) -> dict[str, float]:
+        """The metrics of the best checkpoint: validation as measured then, and the test split, once."""
+        cfg = self.cfg
+        if self.best is None:
+            self.say("no evaluation was asked for: the last weights are the result")
+        else:
+            distributed.barrier()
+            weights = checkpoint.read_tensors(checkpoint.best_checkpoint(self.run_dir) / "model.safetensors")
+            self.model.load_state_dict(weights)
+        metrics = dict(self.best["metrics"]) if self.best else {}
+        if cfg.eval.test:
+            measured, predictions = test(self.model, self.data, self.world, cfg.data.test_split, cfg.trainer.precision)
+            metrics |= measured
+            if self.world.main:
+                self.journal.append({"step": self.trainer.step, **measured})
+                write_predictions(self.run_dir / "predictions-test.jsonl", predictions)
+        return metrics
+
+    def report(self, metrics: dict[str, float], mirror: Mirror) -> None:
+        """report.json, the curves, the end of the tracked run, and a table."""
+        counts = {role: 0 for role in ("base", "cross", "head")}
+        for name, parameter in self.model.named_parameters():
+            counts[self.model.parameter_role(name)] += parameter.numel()
+        content = {
+            "name": self.cfg.name,
+            "metrics": metrics,
+            "best_step": self.best and self.best["step"],
+            "steps": self.trainer.step,
+            "seconds": self.elapsed(),
+            "pairs_per_second": statistics.median(self.pairs_per_second) if self.pairs_per_second else None,
+            "parameters": {"all": sum(counts.values()), **counts},
+            "world_size": self.world.size,
+            **report.peak_memory(self.world.device),
+            **report.environment(self.world.device),
+            **report.git_state(),
+        }
+        curves = report.plot_curves(self.run_dir)
+        written = report.write_report(self.run_dir, content)
+        shown = [(name, value) for name, value in metrics.items()]
+        shown += [("seconds", content["seconds"]), ("parameters", content["parameters"]["all"])]
+        print("\n" + table(shown, ("result of the best checkpoint", "value")) + "\n")
+        best = checkpoint.best_checkpoint(self.run_dir) or checkpoint.last_checkpoint(self.run_dir)
+        mirror.finish("FINISHED", [path for path in (written, curves) if path], {"checkpoint": str(best.resolve())})
+        self.say(f"finished; {written}")
+
+
+def test(
+    model: TaskModel, data: Data, world: World, split: str, precision: str
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Metrics of a split as "task/split/metric", and the predictions of all ranks in the split's order."""
+    predictions: list[dict[str, Any]] = []
+    metrics = evaluate(model, data.evaluation(split), world, split=split, precision=precision, predictions=predictions)
+    return metrics, [row for rows in distributed.gather_objects(predictions) for row in rows]
+
+
+def write_predictions(path: Path, predictions: list[dict[str, Any]]) -> None:
+    if predictions:
+        temporary = path.with_name(f".{path.name}")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in predictions))
+        temporary.replace(path)
+
+
+def set_numerics(cfg: Config) -> None:
+    if cfg.trainer.threads:
+        torch.set_num_threads(cfg.trainer.threads)
+    torch.set_float32_matmul_precision(cfg.trainer.matmul_precision)
+    if cfg.trainer.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        # Without this every new tensor would be filled with NaN first, which costs time and changes no result.
+        torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+def train(cfg: Config) -> float | None:
+    """Runs the experiment, or says that it is finished; returns the objective metric of its best checkpoint."""
+    world = distributed.join(cfg.trainer.device)
+    try:
+        finished = resolve_run_dir(cfg) / "report.json"
+        if finished.exists():
+            prepare_run_dir(cfg)
+            metrics = json.loads(finished.read_text())["metrics"]
+            if world.main:
+                log.info(f"already finished: {finished}")
+            return metrics.get(cfg.task.metric)
+        return Training(cfg, world).run()
+    finally:
+        distributed.leave()
