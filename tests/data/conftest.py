@@ -1,6 +1,3 @@
-import json
-import shutil
-from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -9,8 +6,7 @@ from bt.data.shards import ShardSet
 from bt.data.sources.easy_vqa import EasyVQA
 from bt.data.text import train_tokenizer
 from bt.data.write import convert
-
-RAW = Path(str(files("easy_vqa"))) / "data"
+from tests.data.helpers import RAW, make_raw_tree
 
 
 @pytest.fixture(scope="session")
@@ -30,15 +26,7 @@ def data_dir(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def small_raw(tmp_path_factory) -> Path:
     """A raw tree with the package's images 0-59 of each part; not to be written to."""
-    root = tmp_path_factory.mktemp("raw")
-    for part in ("train", "test"):
-        (root / "data" / part / "images").mkdir(parents=True)
-        questions = [q for q in json.loads((RAW / part / "questions.json").read_text()) if q[2] < 60]
-        (root / "data" / part / "questions.json").write_text(json.dumps(questions))
-        for number in range(60):
-            shutil.copy(RAW / part / "images" / f"{number}.png", root / "data" / part / "images")
-    shutil.copy(RAW / "answers.txt", root / "data")
-    return root
+    return make_raw_tree(tmp_path_factory.mktemp("raw"), 60)
 
 
 @pytest.fixture

@@ -67,6 +67,7 @@ def test_batches_are_those_of_the_plan(train_set, tokenizer, expected):
         assert pairs.tolist() == plan.cut(360 + step).pairs.tolist()
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than this machine has cores
 @pytest.mark.parametrize("workers", [1, 3])
 def test_workers_change_nothing(train_set, tokenizer, expected, workers):
     plan = plan_of(train_set, accumulation=2)
