@@ -13,7 +13,7 @@ from bt.models.encoders.base import TextEncoder
 
 
 class HFText(TextEncoder):
-    """transformers' AutoModel without its pooler, attention by SDPA.
+    """transformers' AutoModel without its pooler.
 
     name: a model of the Hugging Face hub or a local folder. pretrained: load its weights; False: its configuration
     with random weights. config: {"model_type": ..., **sizes} for a model without a name, with random weights.
@@ -46,6 +46,8 @@ class HFText(TextEncoder):
                 f"hidden_size={settings.hidden_size}"
             )
         if dropout is not None:
+            if not hasattr(settings, "hidden_dropout_prob"):
+                raise ConfigError(f"encoder.text.dropout: {settings.model_type} names its dropout otherwise, set null")
             settings.hidden_dropout_prob = settings.attention_probs_dropout_prob = dropout
         self.model = self._model(name if pretrained else None, settings)
         # The pooler is for sentence tasks; the tower reads the states alone.
@@ -75,13 +77,11 @@ class HFText(TextEncoder):
 
     @staticmethod
     def _model(pretrained: str | None, settings):
-        # "sdpa" is refused by the few models that lack it, with transformers' own explanation.
+        # transformers picks SDPA for every model that has it.
         if pretrained is None:
-            return AutoModel.from_config(settings, attn_implementation="sdpa").float()
+            return AutoModel.from_config(settings, dtype=torch.float32)
         try:
-            model = AutoModel.from_pretrained(
-                pretrained, config=settings, attn_implementation="sdpa", dtype=torch.float32
-            )
+            model = AutoModel.from_pretrained(pretrained, config=settings, dtype=torch.float32)
         except OSError as error:
             raise unreachable(pretrained, error) from error
         return model.train()
@@ -96,9 +96,9 @@ class HFText(TextEncoder):
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
         if enabled:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        else:
-            self.model.gradient_checkpointing_disable()
+            self.model.activation_checkpointing_enable({"use_reentrant": False})
+        elif self.model.is_activation_checkpointing:
+            self.model.activation_checkpointing_disable()
 
 
 def unreachable(name: str, error: Exception) -> ConfigError:
