@@ -38,7 +38,10 @@ def convert(
         return done, False
     labels = source.labels()
     skipped: Counter[str] = Counter()
-    splits = _write_splits(source, out_dir, shard_size, progress, skipped)
+    try:
+        splits = _write_splits(source, out_dir, shard_size, progress, skipped)
+    except OSError as error:  # a full disk; files that cannot be read are counted where they are read
+        raise DataError(f"cannot write to {out_dir}: {error}; give the command again when that is mended") from None
     if not splits:
         reasons = ", ".join(f"{reason} {n}" for reason, n in skipped.items()) or "no samples"
         raise DataError(f"nothing to convert from {source.name}: {reasons}")

@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import json
 import shutil
@@ -58,6 +59,21 @@ def test_a_broken_off_conversion_is_no_data_set_and_goes_on(small_raw, small_dir
         convert(EasyVQA(str(small_raw)), out, 11)
     convert(EasyVQA(str(small_raw)), out, 10)
     assert digests(out) == digests(small_dir)
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_half_shard(small_raw, tmp_path, monkeypatch):
+    calls = iter(range(100))
+
+    def fsync(handle):
+        if next(calls) > 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", fsync)
+    with pytest.raises(DataError, match="cannot write to .*No space left") as caught:
+        convert(EasyVQA(str(small_raw)), tmp_path / "out", 10)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out/index.json").exists()
+    assert {path.name for path in (tmp_path / "out").glob("*.tar")} == {"train-000000.tar"}
 
 
 class Damaged(Source):
