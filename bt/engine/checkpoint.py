@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from bt.engine.optimizer import AdamW
 from bt.errors import CheckpointError
 
 DIRECTORY = "checkpoints"
@@ -31,7 +32,7 @@ def save(
     *,
     step: int,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: AdamW,
     state: Mapping[str, Any],
     best: bool = False,
     tokenizer: Path | None = None,
@@ -95,7 +96,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
-def resume(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def resume(checkpoint: Path, model: nn.Module, optimizer: AdamW) -> dict[str, Any]:
     """Loads weights and optimizer exactly as they were saved, and returns what `save` got as `state`, with `step`."""
     checkpoint = Path(checkpoint)
     state = read_state(checkpoint)
@@ -106,9 +107,12 @@ def resume(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
     return state
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """{"<parameter name>|exp_avg": tensor, ...}; parameters that never had a gradient have no entry."""
-    return {
+def optimizer_tensors(optimizer: AdamW) -> dict[str, Tensor]:
+    """{"<parameter name>|exp_avg": tensor, ..., "steps": number of steps}.
+
+    Parameters that never had a gradient have no entry.
+    """
+    return {"steps": torch.tensor(optimizer.param_groups[0]["steps"])} | {
         f"{name}|{key}": torch.as_tensor(value)
         for group in optimizer.param_groups
         for name, parameter in zip(group["param_names"], group["params"], strict=True)
@@ -116,9 +120,13 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     }
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+def load_optimizer(optimizer: AdamW, tensors: Mapping[str, Tensor]) -> None:
     """The inverse of `optimizer_tensors`; rates and decay stay as the configuration says."""
+    tensors = dict(tensors)
+    steps = int(tensors.pop("steps"))
     packed = optimizer.state_dict()
+    for group in packed["param_groups"]:
+        group["steps"] = steps
     index = {
         name: number
         for group in packed["param_groups"]

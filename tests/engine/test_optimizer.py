@@ -1,0 +1,177 @@
+"""Parameter groups, schedule and steps of the optimizer against the released code's."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from bt.config import OptimizerConfig
+from bt.data.batch import Batch
+from bt.engine.optimizer import build_optimizer, make_schedule, undecayed
+from bt.interop.official import to_official
+from bt.tasks.base import Context, TaskModel
+from bt.tasks.itc import ITC
+from bt.tasks.itm import ITM
+from bt.tasks.mlm import MLM
+from bt.tasks.vqa import VQA
+from tests.golden_helpers import (
+    ANSWERS,
+    CONTRASTIVE,
+    PROJECTION_FREQUENCIES,
+    VOCABULARY,
+    WIDTH,
+    golden_batch,
+    golden_texts,
+    golden_tower,
+    key_bias_free,
+    load_golden,
+    table,
+    tensors,
+)
+
+# Registered by the released code for every task, used by none or only by another objective.
+ELSEWHERE = {
+    "text_transformer.pooler.dense.bias",
+    "text_transformer.pooler.dense.weight",
+    "vit_model.ln_final.bias",
+    "vit_model.ln_final.weight",
+    "vit_model.positional_embedding",
+}
+OBJECTIVES = {
+    "mlm": MLM,
+    "itm": ITM,
+    "itc": lambda context: ITC(context, size=CONTRASTIVE),
+    "vqa": lambda context: VQA(context, hidden_scale=2),
+}
+OFFICIAL = {
+    "vqa": ["vqa"],
+    "pretrain_mlm_itm": ["mlm", "itm"],
+    "pretrain_mlm_itm_itc": ["mlm", "itm", "itc"],
+    "pretrain_mlm_itm_itc_hard": ["mlm", "itm", "itc"],
+}
+
+
+def golden_model(*names: str) -> TaskModel:
+    tokenizer = SimpleNamespace(vocab_size=VOCABULARY, mask_id=4, special_ids=[0, 1, 2, 3, 4])
+    labels = {"answers": [str(answer) for answer in range(ANSWERS)]}
+    context = Context(WIDTH, WIDTH, WIDTH, tokenizer, labels)
+    return TaskModel(golden_tower(), {name: OBJECTIVES[name](context) for name in names})
+
+
+@pytest.mark.parametrize("task", OFFICIAL)
+def test_groups_are_the_released_ones_by_name(task):
+    golden = table(f"bridgetower/optimizer/groups_{task}")
+    cfg = OptimizerConfig(
+        lr=1.0,
+        weight_decay=1.0,
+        groups="official",
+        head_multiplier=golden["lr_mult_head"],
+        cross_multiplier=golden["lr_mult_cross_modal"],
+    )
+    optimizer = build_optimizer(golden_model(*OFFICIAL[task]), cfg)
+    # Each parameter filled with its rate (negative: without decay), so that the split of fused maps is checked too.
+    filled = {
+        name: torch.full_like(parameter, group["lr"] if group["weight_decay"] else -group["lr"])
+        for group in optimizer.param_groups
+        for name, parameter in zip(group["param_names"], group["params"], strict=True)
+    }
+    found = {name: [abs(t.unique().item()), t.unique().item() > 0] for name, t in to_official(filled).items()}
+    elsewhere = ELSEWHERE | (set() if "itc" in OFFICIAL[task] else {"temperature"})
+    assert found == {name: value for name, value in golden["params"].items() if name not in elsewhere}
+    assert len(optimizer.param_groups) == 6
+    assert {(g["role"], g["weight_decay"]) for g in optimizer.param_groups} == {
+        (role, decay) for role in ("base", "head", "cross") for decay in (0.0, 1.0)
+    }
+
+
+def test_by_default_every_norm_and_bias_is_exempt_and_nothing_else():
+    model = golden_model("vqa", "mlm")
+    norms = {
+        f"{path}.{own}"
+        for path, module in model.named_modules()
+        if isinstance(module, nn.LayerNorm)
+        for own, _ in module.named_parameters()
+    }
+    biases = {name for name, _ in model.named_parameters() if name.endswith("bias")}
+    assert undecayed(model, "all_norms") == norms | biases
+    released = undecayed(model, "all_norms") - undecayed(model, "official")
+    # CLIP: ln_pre, ln_post and two a block; and the norm in the VQA head.
+    assert len(released) == 2 + 2 * 4 + 1
+    assert all(name.startswith("tower.vision.visual.") for name in released - {"objectives.vqa.head.1.weight"})
+
+
+def test_frozen_parameters_are_in_no_group():
+    model = golden_model("vqa")
+    model.tower.vision.requires_grad_(False)
+    names = {name for group in build_optimizer(model, OptimizerConfig()).param_groups for name in group["param_names"]}
+    assert names == {name for name, p in model.named_parameters() if not name.startswith("tower.vision.")}
+
+
+def test_schedule():
+    cases = table("bridgetower/optimizer/schedule")
+    assert len(cases) >= 6
+    for case in cases:
+        cosine = case["decay_power"] == "cosine"
+        cfg = OptimizerConfig(
+            lr=case["base_lr"],
+            end_lr=case["end_lr"],
+            warmup=case["warmup_steps"],
+            decay="cosine" if cosine else "polynomial",
+            decay_power=1.0 if cosine else case["decay_power"],
+        )
+        schedule = make_schedule(cfg, case["total_steps"])
+        for step, factor in enumerate(case["factor"]):
+            assert schedule(step) == pytest.approx(factor, abs=1e-12), (case, step)
+
+
+@pytest.mark.parametrize("case", ["vqa_3steps_constant_lr", "vqa_3steps_scheduled"])
+def test_three_steps_of_adamw(case):
+    """Tolerances: tests/golden/README.md."""
+    golden = table(f"bridgetower/optimizer/{case}")
+    rounding = table(f"bridgetower/optimizer/{case}_rounding")
+    deltas = tensors(f"bridgetower/optimizer/{case}_delta")
+    model = load_golden(golden_model("vqa"))
+    cfg = OptimizerConfig(lr=1e-3, weight_decay=0.01, groups="official", warmup=0.1)
+    optimizer = build_optimizer(model, cfg)
+    schedule = make_schedule(cfg, 20) if case.endswith("scheduled") else lambda step: 1.0
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    batch = golden_batch()
+    pairs = torch.arange(4)[:, None].expand(-1, 2)
+    ids = torch.arange(4)
+    targets = {"vqa": {"scores": batch["vqa_targets"]}}
+    inputs = Batch(batch["image"], golden_texts(batch), pairs, ids, ids, targets)
+
+    def mean_loss():
+        return model(inputs)["vqa"].loss / 4
+
+    losses = []
+    for step in range(3):
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * schedule(step)
+        loss = mean_loss()
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    losses.append(mean_loss().item())
+    assert losses == pytest.approx(golden["losses_before_each_step_and_after"], rel=1e-4)
+    moved = to_official({name: p.detach() - before[name] for name, p in model.named_parameters()})
+    assert moved.keys() | set(rounding["no_gradient"]) == golden["delta"].keys()
+    compared = 0
+    for name, delta in moved.items():
+        entry, noisy = golden["delta"][name], name in rounding["change_when_rows_are_reversed"]
+        if name.endswith(".key.bias") or name.endswith("in_proj_bias"):
+            continue
+        assert delta.norm().item() == pytest.approx(entry["norm"], rel=3e-5), name
+        if not noisy:
+            flat = key_bias_free(name, delta)[0]
+            sample = flat if flat.numel() <= 1024 else flat[(torch.arange(256) * 7919 + 13) % flat.numel()]
+            assert (sample - deltas[name].reshape(-1)).abs().max().item() <= 2e-5, name
+            index = torch.arange(1, flat.numel() + 1, dtype=torch.float64)
+            waves = [(flat.double() * torch.cos(index * f)).sum().item() for f in PROJECTION_FREQUENCIES]
+            assert waves == pytest.approx(entry["proj"], abs=1e-3 * entry["norm"]), name
+            compared += 1
+    assert compared >= 180
