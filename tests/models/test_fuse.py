@@ -229,3 +229,17 @@ def test_gradient_checkpointing_recomputes_every_layer():
         part.register_forward_pre_hook(lambda *_, name=name: calls.update({name: calls.get(name, 0) + 1}))
     total(fuse(tower, PAIRS, Need(cls=True)).cls).backward()
     assert calls == dict.fromkeys(blocks, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_stays_close_to_full_precision(dtype):
+    tower = make_tower()
+    mask = make_texts(7).mask[PAIRS[:, 1]]
+    full = fuse(tower, PAIRS, Need(cls=True, text=mask))
+    with torch.autocast("cpu", dtype):
+        low = fuse(tower, PAIRS, Need(cls=True, text=mask))
+        assert low.cls.dtype == dtype
+    torch.testing.assert_close(low.cls.float(), full.cls, rtol=0, atol=0.05)
+    torch.testing.assert_close(low.text.float(), full.text, rtol=0, atol=0.1)
+    total(low.cls.float(), low.text.float()).backward()
+    assert all(gradient.isfinite().all() for gradient in gradients(tower).values())
