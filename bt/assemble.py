@@ -22,6 +22,9 @@ from bt.errors import ConfigError
 from bt.models.bridgetower import build_tower
 from bt.tasks.base import Context, TaskModel
 
+# Evaluation draws (ITM pairs, masks) are the same for every training seed, so that runs can be compared.
+EVALUATION_SEED = 0
+
 
 def find_tokenizer(cfg: Config, run_dir: Path, train: ShardSet) -> Tokenizer:
     """The run's own tokenizer if it has one already, else that of init_from, else a new one."""
@@ -57,7 +60,7 @@ class Data:
     def __init__(self, cfg: Config, world: World, model: TaskModel, tokenizer: Tokenizer):
         self.cfg, self.world, self.model, self.tokenizer = cfg, world, model, tokenizer
 
-    def maker(self, shards: ShardSet, index: PairIndex, transform: str) -> BatchMaker:
+    def maker(self, shards: ShardSet, index: PairIndex, transform: str, seed: int) -> BatchMaker:
         vision, objectives = self.model.tower.vision, self.model.objectives
         return BatchMaker(
             shards,
@@ -65,7 +68,7 @@ class Data:
             text_field=self.cfg.task.texts,
             tokenizer=self.tokenizer,
             transform=make_transform(transform, vision.image_size, vision.channels),
-            seed=self.cfg.seed,
+            seed=seed,
             max_text_len=self.cfg.data.max_text_len,
             targets={name: objective.targets for name, objective in objectives.items()},
             needs=[objective.needs for objective in objectives.values()],
@@ -84,7 +87,7 @@ class Data:
                 f"global_batch={self.cfg.global_batch} is not a multiple of {world.size} ranks x "
                 f"trainer.micro_batch={micro}: the nearest that are: {nearest}"
             )
-        chosen = choose_samples(int(shards.starts[-1]), data.fraction, data.max_samples)
+        chosen = choose_samples(len(shards), data.fraction, data.max_samples)
         return TrainPlan(
             PairIndex(shards.counts(self.cfg.task.texts), chosen),
             shards.starts,
@@ -102,7 +105,7 @@ class Data:
         data = self.cfg.data
         return train_loader(
             plan,
-            self.maker(shards, plan.index, data.train_transform),
+            self.maker(shards, plan.index, data.train_transform, self.cfg.seed),
             start_step=start_step,
             total_steps=total_steps,
             workers=data.workers,
@@ -113,13 +116,12 @@ class Data:
     def evaluation(self, split: str) -> Loader:
         data, world = self.cfg.data, self.world
         shards = ShardSet(data.dir, split, data.cache_dir)
-        chosen = choose_samples(int(shards.starts[-1]), most=self.cfg.eval.max_samples)
+        chosen = choose_samples(len(shards), most=self.cfg.eval.max_samples)
         index = PairIndex(shards.counts(self.cfg.task.texts), chosen)
-        # Evaluation draws (ITM pairs, masks) are the same for every training seed, so that runs can be compared.
-        plan = EvalPlan(index, seed=0, batch=self.cfg.eval.batch, world=world.size, rank=world.rank)
+        plan = EvalPlan(index, seed=EVALUATION_SEED, batch=self.cfg.eval.batch, world=world.size, rank=world.rank)
         return eval_loader(
             plan,
-            self.maker(shards, index, data.eval_transform),
+            self.maker(shards, index, data.eval_transform, EVALUATION_SEED),
             workers=data.workers,
             prefetch=data.prefetch,
             pin_memory=world.device.type == "cuda",

@@ -52,12 +52,12 @@ def draw_questions(vqa_dir: Path, out: Path, count: int = 12) -> None:
     wrong = [p for p in predictions if p["score"] < 1][: count // 3]
     first_of_image = list({p["image"]: p for p in predictions if p["score"] >= 1}.values())
     shown = wrong + first_of_image[:: max(1, len(first_of_image) // count)][: count - len(wrong)]
-    images = ShardSet([DATA_DIR], "test")
-    rows = {images.key(i): i for i in range(len(images))}
+    images = ShardSet(str(DATA_DIR), "test")
+    rows = {images.key(row): row for row in range(len(images))}
     figure, axes = plt.subplots(3, count // 3, figsize=(11, 9))
     for axis, prediction in zip(axes.flat, shown, strict=False):
         sample = images.read(rows[prediction["image"]])
-        axis.imshow(decode(next(iter(sample.images.values())), channels=3))
+        axis.imshow(decode(sample.images["image"]).convert("RGB"))
         right = prediction["score"] >= 1
         answers = f"{prediction['answer']}" if right else f"{prediction['answer']} (true: {prediction['truth']})"
         axis.set_title(f"{prediction['question']}\n{answers}", fontsize=8, color="black" if right else "crimson")

@@ -233,7 +233,9 @@ class Training:
             self.model.load_state_dict(weights)
         metrics = dict(self.best["metrics"]) if self.best else {}
         if cfg.eval.test:
-            measured, predictions = test(self.model, self.data, self.world, cfg.data.test_split, cfg.trainer.precision)
+            measured, predictions = measure(
+                self.model, self.data, self.world, cfg.data.test_split, cfg.trainer.precision
+            )
             metrics |= measured
             if self.world.main:
                 self.journal.append({"step": self.trainer.step, **measured})
@@ -268,7 +270,7 @@ class Training:
         self.say(f"finished; {written}")
 
 
-def test(
+def measure(
     model: TaskModel, data: Data, world: World, split: str, precision: str
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Metrics of a split as "task/split/metric", and the predictions of all ranks in the split's order."""

@@ -40,12 +40,11 @@ def entry(
 ) -> Callable[[Callable[[Any], Any]], Callable[[], None]]:
     """Decorates `main(cfg)` of a program whose primary configuration is conf/<config_name>.yaml.
 
-    schema: dataclass of the whole configuration. It is in Hydra's store as `schema` (Config) or
-    `<config_name>_schema`, for the top of the defaults list. A subclass of Config is checked as a run's
-    configuration, any other by its fields' limits and its own `check()` where it has one.
+    schema: dataclass of the whole configuration. It is in Hydra's store as `schema` (Config and its subclasses,
+    which add options to it) or `<config_name>_schema`, for the top of the defaults list. A subclass of Config is
+    checked as a run's configuration, any other by its fields' limits and its own `check()` where it has one.
     The program exits with 0 only if `main` returned; a user's mistake is one line on standard error and status 1.
     """
-    register(config_name, schema)
 
     def decorate(main: Callable[[Any], Any]) -> Callable[[], None]:
         @functools.wraps(main)
@@ -63,6 +62,7 @@ def entry(
 
         @functools.wraps(main)
         def program() -> None:
+            register(config_name, schema)
             _run(hydra.main(config_path=config_dir, config_name=config_name, version_base="1.3")(task))
 
         return program
@@ -72,7 +72,7 @@ def entry(
 
 def register(config_name: str, schema: type) -> None:
     """Puts a dataclass into Hydra's store under the name that conf/<config_name>.yaml lists first."""
-    ConfigStore.instance().store(name="schema" if schema is Config else f"{config_name}_schema", node=schema)
+    ConfigStore.instance().store(name="schema" if issubclass(schema, Config) else f"{config_name}_schema", node=schema)
 
 
 class _Stop(BaseException):
@@ -164,3 +164,7 @@ def _log_to_stdout() -> None:
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
         logger.propagate = False
+
+
+# What composes conf/config.yaml without a program around it, such as a notebook, finds the schema too.
+register("config", Config)
