@@ -65,7 +65,8 @@ class Journal:
 class Mirror:
     """Sends the journal to MLflow from a thread; with tracking.kind=none it does nothing.
 
-    tags: what describes the run beside its configuration (git revision, environment), sent once.
+    tags: what describes the run beside its configuration (git revision, environment), sent once. A continued run
+    cuts its journal before this is made.
     """
 
     def __init__(self, cfg: TrackingConfig, run_dir: Path, name: str, tags: Mapping[str, str]):
