@@ -19,6 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
+from tqdm import tqdm
 
 from bt.config.explain import explain
 from bt.config.record import to_config
@@ -155,13 +156,19 @@ def _options_first(arguments: list[str]) -> list[str]:
     return options + overrides
 
 
+class _Lines(logging.Handler):
+    """Log lines on standard output, which leave a progress bar whole."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stdout)
+        sys.stdout.flush()
+
+
 def _log_to_stdout() -> None:
     """`bt`'s own log lines are shown as they are; other libraries speak from warnings on."""
     logger = logging.getLogger("bt")
-    if not logger.handlers:
-        handler = logging.StreamHandler(sys.stdout)
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        logger.addHandler(handler)
+    if not any(isinstance(handler, _Lines) for handler in logger.handlers):
+        logger.addHandler(_Lines())
         logger.setLevel(logging.INFO)
         logger.propagate = False
 

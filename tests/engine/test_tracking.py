@@ -183,11 +183,24 @@ def silent_server():
         yield f"http://127.0.0.1:{server.getsockname()[1]}"
 
 
-def test_a_store_that_does_not_answer_costs_training_nothing(silent_server, store, run, caplog, monkeypatch):
+@pytest.fixture
+def said():
+    """What the tracking has told the user."""
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger = logging.getLogger("bt.tracking")
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    yield messages
+    logger.removeHandler(handler)
+    logger.setLevel(level)
+
+
+def test_a_store_that_does_not_answer_costs_training_nothing(silent_server, store, run, said, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    caplog.set_level(logging.INFO, logger="bt.tracking")
-    monkeypatch.setattr(logging.getLogger("bt"), "propagate", True)
     journal = Journal(run)
     start = time.perf_counter()
     mirror = Mirror(TrackingConfig(uri=silent_server), run, "example", {"git_revision": "abc"})
@@ -201,7 +214,6 @@ def test_a_store_that_does_not_answer_costs_training_nothing(silent_server, stor
     start = time.perf_counter()
     assert mirror.finish("FAILED") is False
     assert time.perf_counter() - start < 10
-    said = [record.message for record in caplog.records]
     assert len(said) == 2 and "training goes on" in said[0] and f"python -m bt.sync --run-dir {run}" in said[1]
     # When there is a store again, all of it goes there.
     uri, client = store
@@ -210,10 +222,8 @@ def test_a_store_that_does_not_answer_costs_training_nothing(silent_server, stor
     assert client.get_run(run_id).info.status == "FAILED" and client.get_run(run_id).data.tags["git_revision"] == "abc"
 
 
-def test_a_store_that_comes_back_gets_everything(store, run, caplog, monkeypatch):
+def test_a_store_that_comes_back_gets_everything(store, run, said, monkeypatch):
     uri, client = store
-    caplog.set_level(logging.INFO, logger="bt.tracking")
-    monkeypatch.setattr(logging.getLogger("bt"), "propagate", True)
     down = threading.Event()
     down.set()
     real = Sender._send_metrics
@@ -231,7 +241,6 @@ def test_a_store_that_comes_back_gets_everything(store, run, caplog, monkeypatch
     down.clear()
     assert mirror.finish("FINISHED")
     assert history(client, mirror.run_id, "vqa/train/loss") == once(range(1, 4))
-    said = [record.message for record in caplog.records]
     assert len(said) == 2 and "training goes on" in said[0] and "answers again" in said[1]
     assert "hunter2" not in str(said)
 
