@@ -170,6 +170,18 @@ def test_multirun_goes_on_after_a_member_that_fails(command, tmp_path):
     assert (status, command.called) == (1, []) and "unknown option optimizer.lrr" in error
 
 
+def test_a_sweep_file_is_a_grid_by_its_name_alone(command, tmp_path):
+    (tmp_path / "more" / "sweep").mkdir(parents=True)
+    (tmp_path / "more" / "sweep" / "two.yaml").write_text(
+        "# @package _global_\nhydra: {mode: MULTIRUN, sweeper: {params: {bridge: 'add,none'}}}\n"
+    )
+    assert command(*TINY, "--config-dir", str(tmp_path / "more"), "sweep=two", "seed=3") == (0, "")
+    targets = [cfg.bridge["_target_"] for cfg, _ in command.called]
+    assert targets == ["bt.models.bridges.add.AddBridge", "bt.models.bridges.none.NoBridge"]
+    assert [cfg.seed for cfg, _ in command.called] == [3, 3]
+    assert all(str(run_dir).startswith("sweeps/default/") for _, run_dir in command.called)
+
+
 def test_hydra_leaves_nothing_behind(command, tmp_path):
     assert command(*TINY) == (0, "")
     assert list(tmp_path.iterdir()) == []

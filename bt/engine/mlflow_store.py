@@ -23,7 +23,7 @@ JOURNAL = "metrics.jsonl"
 # MLflow's limits for one request.
 METRICS_PER_BATCH, PARAMS_PER_BATCH, PARAM_LENGTH = 1000, 100, 500
 # A fork during an import would leave the child with an import lock that nobody gives back, so forks wait for it.
-_importing = threading.Lock()
+_importing = threading.RLock()
 os.register_at_fork(before=_importing.acquire, after_in_parent=_importing.release, after_in_child=_importing.release)
 
 
@@ -62,8 +62,8 @@ class Cursor:
         self.lock = threading.Lock()
         try:
             self.values: dict[str, Any] = json.loads(self.path.read_text())
-        except FileNotFoundError:
-            self.values = {}
+        except (FileNotFoundError, ValueError):
+            self.values = {}  # without it everything is sent to a new run
 
     def get(self, key: str, default: Any = None) -> Any:
         with self.lock:

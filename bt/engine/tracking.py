@@ -18,7 +18,7 @@ from typing import Any
 
 from bt.config import TrackingConfig
 from bt.engine.mlflow_store import JOURNAL, Cursor, Sender, default_uri, without_secrets
-from bt.errors import DataError
+from bt.errors import DataError, UserError
 
 log = logging.getLogger("bt.tracking")
 SEND_EVERY = 5.0  # seconds between requests; lines in between go out together
@@ -33,9 +33,12 @@ class Journal:
         self.path = Path(run_dir) / JOURNAL
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Adds a line, with the time of day (seconds) as `time`."""
-        with open(self.path, "a") as file:
-            file.write(json.dumps({**record, "time": round(time.time(), 3)}) + "\n")
+        """Adds a line, with the time of day (seconds) as `time`. Raises UserError on a full disk."""
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps({**record, "time": round(time.time(), 3)}) + "\n")
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be written: {error.strerror}") from error
 
     def cut(self, step: int) -> None:
         """Removes the lines after `step`, and one that was not written to its end."""
@@ -97,7 +100,10 @@ class Mirror:
         if not self.enabled:
             return True
         names = [str(Path(path).relative_to(self.run_dir)) for path in artifacts]
-        self.cursor.set(final={"status": status, "artifacts": names, "tags": dict(tags or {})})
+        try:
+            self.cursor.set(final={"status": status, "artifacts": names, "tags": dict(tags or {})})
+        except OSError as error:
+            log.warning(f"tracking: {self.cursor.path} cannot be written: {error.strerror}")
         self.ending.set()
         self.thread.join(FINISH_WITHIN)
         sent = bool(self.cursor.get("sent"))

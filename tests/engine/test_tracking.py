@@ -82,6 +82,12 @@ def test_journal_is_cut_to_a_step_and_to_whole_lines(tmp_path):
         journal.cut(1)
 
 
+def test_a_journal_on_a_full_disk_is_one_line(tmp_path):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(UserError, match="metrics.jsonl cannot be written: No space left on device"):
+        Journal(tmp_path).append(line(1))
+
+
 def test_a_run_arrives_whole(store, run):
     uri, client = store
     journal = Journal(run)
