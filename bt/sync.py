@@ -21,6 +21,10 @@ def sync(run_dir: Path, uri: str | None = None) -> str:
     if not (run_dir / JOURNAL).is_file():
         raise UserError(f"{run_dir} has no {JOURNAL}: nothing to send")
     cursor = Cursor(run_dir)
+    if cursor.get("run_id") is None and cursor.get("final") is None and (run_dir / "report.json").is_file():
+        # A finished run that was not tracked.
+        artifacts = ["report.json", *sorted(path.name for path in run_dir.glob("*.png"))]
+        cursor.set(final={"status": "FINISHED", "artifacts": artifacts, "tags": {}})
     uri = uri or cursor.get("uri") or default_uri(cfg.tracking.uri)
     timeout = cfg.tracking.timeout_seconds
     sender = Sender(run_dir, cursor, uri, cursor.get("experiment", cfg.tracking.experiment), cfg.name, timeout)

@@ -112,7 +112,7 @@ class Sender:
         if run_id is None:
             run = self.client.create_run(self._experiment_id(), run_name=self.name)
             run_id = run.info.run_id
-        elif self.cursor.get("final") is None:
+        elif not self.cursor.get("final") and not self.cursor.get("sent"):
             self.client.update_run(run_id, status="RUNNING")
         open_address = self.uri if not re.search(r"[@?]", self.uri) else None
         self.cursor.set(run_id=run_id, store=digest, uri=open_address)

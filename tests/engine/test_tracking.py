@@ -255,6 +255,7 @@ def test_without_tracking_the_journal_can_be_sent_later(store, run):
     uri, client = store
     mirror = Mirror(TrackingConfig(kind="none"), run, "example", {})
     Journal(run).append(line(1))
+    (run / "report.json").write_text("{}")
     assert mirror.finish("FINISHED") and mirror.run_id is None
     assert not (run / "tracking.json").exists()
     done = subprocess.run(
@@ -267,8 +268,10 @@ def test_without_tracking_the_journal_can_be_sent_later(store, run):
     run_id = json.loads((run / "tracking.json").read_text())["run_id"]
     assert done.stdout == f"{run} is in the store as run {run_id}\n"
     assert history(client, run_id, "vqa/train/loss") == once([1])
-    # Again: nothing is sent twice.
+    # Again: nothing is sent twice, and the run stays finished.
     assert sync(run) == run_id and history(client, run_id, "vqa/train/loss") == once([1])
+    assert client.get_run(run_id).info.status == "FINISHED"
+    assert {file.path for file in client.list_artifacts(run_id)} == {"config.yaml", "report.json"}
 
 
 def test_sync_says_what_is_wrong_in_one_line(tmp_path, run):
