@@ -6,27 +6,13 @@ from bt.data.shards import ShardSet
 from bt.data.sources.easy_vqa import EasyVQA
 from bt.data.text import train_tokenizer
 from bt.data.write import convert
-from tests.data.helpers import RAW, make_raw_tree
+from tests.data.helpers import RAW
 
 
 @pytest.fixture(scope="session")
 def raw() -> Path:
     """The raw files of easy-VQA, as the package ships them."""
     return RAW
-
-
-@pytest.fixture(scope="session")
-def data_dir(tmp_path_factory) -> Path:
-    """All of easy-VQA in shards of 500 samples; not to be written to."""
-    out = tmp_path_factory.mktemp("easy_vqa")
-    convert(EasyVQA(), out, shard_size=500)
-    return out
-
-
-@pytest.fixture(scope="session")
-def small_raw(tmp_path_factory) -> Path:
-    """A raw tree with the package's images 0-59 of each part; not to be written to."""
-    return make_raw_tree(tmp_path_factory.mktemp("raw"), 60)
 
 
 @pytest.fixture

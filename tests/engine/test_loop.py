@@ -1,0 +1,136 @@
+"""The training step and the evaluation loop."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from bt.data.batch import Batch, Texts
+from bt.engine.distributed import World
+from bt.engine.loop import NonFiniteLoss, Trainer, evaluate
+from bt.engine.metrics import Means
+from bt.tasks.base import Result
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+class Squares(nn.Module):
+    """An objective of one weight: the sum over pairs of (weight x - target)^2, counted by pairs."""
+
+    def __init__(self, weight: float):
+        super().__init__()
+        self.weight = weight
+        self.factor = nn.Parameter(torch.tensor(2.0))
+
+    def count(self, targets):
+        return len(targets["x"])
+
+    def forward(self, targets):
+        errors = (self.factor * targets["x"] - targets["y"]) ** 2
+        metrics = {"error": errors, "weighted": (errors, targets["x"])}
+        return Result(errors.sum(), metrics)
+
+    def predictions(self, batch, result):
+        return [{"error": round(value, 3)} for value in result.metrics["error"].tolist()]
+
+
+class Model(nn.Module):
+    def __init__(self, **weights: float):
+        super().__init__()
+        self.objectives = nn.ModuleDict({name: Squares(weight) for name, weight in weights.items()})
+
+    def forward(self, batch):
+        return {name: objective(batch.targets[name]) for name, objective in self.objectives.items()}
+
+    def counts(self, batch):
+        counts = [objective.count(batch.targets[name]) for name, objective in self.objectives.items()]
+        return torch.tensor(counts, dtype=torch.float64)
+
+
+def make_batch(**targets) -> Batch:
+    named = {
+        name: {key: torch.tensor(values) for key, values in zip("xy", pair, strict=True)}
+        for name, pair in targets.items()
+    }
+    empty = torch.zeros(0, dtype=torch.int64)
+    return Batch(empty, Texts(empty, empty), empty, empty, empty, targets=named, keys=["picture-7", "picture-8"])
+
+
+def trainer(model, **options) -> Trainer:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for group in optimizer.param_groups:
+        group["peak_lr"], group["role"] = 0.1, "base"
+    return Trainer(model, optimizer, lambda step: 1.0 / (step + 1), ALONE, seed=0, **options)
+
+
+def test_loss_weights_scale_the_gradient_and_means_run_over_all_micro_batches():
+    model = Model(a=1.0, b=0.5)
+    losses, stopping = trainer(model).train_step(
+        [make_batch(a=([1.0, 2.0], [0.0, 0.0]), b=([1.0], [1.0])), make_batch(a=([3.0], [0.0]), b=([2.0], [0.0]))]
+    )
+    # Means over the three resp. two terms, not means of micro-batch means: (4 + 16 + 36) / 3 and (1 + 16) / 2.
+    assert losses.tolist() == pytest.approx([56 / 3, 8.5])
+    assert stopping is False
+    # d/df of the means, times the weight: a: 2 f (1 + 4 + 9) / 3; b: 0.5 * (2 (f - 1) + 2 f 4) / 2.
+    assert model.objectives["a"].factor.item() == pytest.approx(2 - 0.1 * 2 * 2 * 14 / 3, rel=1e-5)
+    assert model.objectives["b"].factor.item() == pytest.approx(2 - 0.1 * 0.5 * (2 + 16) / 2, rel=1e-6)
+
+
+def test_schedule_and_clipping():
+    model = Model(a=1.0)
+    run = trainer(model, grad_clip=1.0)
+    run.train_step([make_batch(a=([10.0], [0.0]))])
+    assert model.objectives["a"].factor.item() == pytest.approx(1.9, rel=1e-5)  # gradient 400, clipped to 1
+    run.train_step([make_batch(a=([10.0], [0.0]))])
+    assert model.objectives["a"].factor.item() == pytest.approx(1.85, rel=1e-5)  # half the rate
+    assert run.learning_rates() == {"base": 0.05}
+
+
+def test_dropout_depends_on_seed_step_and_rank_alone():
+    def draws(step: int, rank: int) -> float:
+        model = Model(a=1.0)
+        run = trainer(model)
+        run.step, run.world = step, World(rank, 1, torch.device("cpu"))
+        torch.manual_seed(np.random.randint(1 << 30))
+        run.train_step([make_batch(a=([1.0], [0.0]))])
+        return torch.rand(()).item()
+
+    assert draws(3, 0) == draws(3, 0)
+    assert len({draws(3, 0), draws(4, 0), draws(3, 1)}) == 3
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_images():
+    model = Model(a=1.0)
+    run = trainer(model)
+    run.train_step([make_batch(a=([float("nan")], [0.0]))])
+    with pytest.raises(NonFiniteLoss, match=r"loss of a is not finite at step 1; images: picture-7, picture-8"):
+        run.check_finite()
+
+
+def test_weights_that_are_not_finite_are_not_saved():
+    model = Model(a=1.0)
+    run = trainer(model)
+    run.train_step([make_batch(a=([1.0], [0.0]))])
+    run.check_finite()
+    model.objectives["a"].factor.data.fill_(float("inf"))
+    with pytest.raises(NonFiniteLoss, match=r"objectives\.a\.factor is not finite after step 1"):
+        run.check_finite()
+
+
+def test_evaluation_means_are_over_all_terms():
+    model = Model(a=1.0)
+    predictions = []
+    batches = [make_batch(a=([1.0, 2.0], [0.0, 0.0])), make_batch(a=([3.0], [0.0]))]
+    metrics = evaluate(model, batches, ALONE, split="val", predictions=predictions)
+    assert metrics == pytest.approx(
+        {"a/val/error": 56 / 3, "a/val/loss": 56 / 3, "a/val/weighted": (4 + 16 * 2 + 36 * 3) / 6}
+    )
+    assert predictions == [{"error": 4.0}, {"error": 16.0}, {"error": 36.0}]
+    assert not model.training
+
+
+def test_means_keep_the_digits_of_long_sums():
+    means = Means(torch.device("cpu"))
+    for _ in range(20):
+        means.add("x", torch.full((100_000,), 0.1))
+    assert means.compute()["x"] == pytest.approx(float(np.float32(0.1)), rel=1e-12)
