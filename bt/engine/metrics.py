@@ -18,8 +18,8 @@ class Means:
 
     def _metric(self, name: str) -> MeanMetric:
         if name not in self.metrics:
-            # fp64: a fp32 sum over a million questions loses the digits that a report shows.
-            self.metrics[name] = MeanMetric().set_dtype(torch.float64).to(self.device)
+            # fp64: a fp32 sum over a million questions loses the digits that a report shows. NaN is not left out.
+            self.metrics[name] = MeanMetric(nan_strategy="error").to(self.device).set_dtype(torch.float64)
         return self.metrics[name]
 
     def add(self, name: str, values: Tensor, weights: Tensor | float = 1.0) -> None:

@@ -88,10 +88,10 @@ class BridgeTower(nn.Module):
         self.text_bridge = text_bridge
         self.image_bridge = image_bridge
         self.cross = cross
-        self.text_pooler = Pooler(self.width)
-        self.image_pooler = Pooler(self.width)
+        self.text_pooler = Pooler(self.width, cross.init_std)
+        self.image_pooler = Pooler(self.width, cross.init_std)
         for part in (self.text_projection, self.image_projection, self.type_embeddings):
-            init_new(part)
+            init_new(part, cross.init_std)
 
     def encode_images(self, images: Tensor, type_id: int | Tensor = 1) -> Encoded:
         """images (I, C, H, W), normalised (`vision.normalize`). type_id: row of the type table, or (I,) of them."""

@@ -10,11 +10,11 @@ from bt.errors import ConfigError
 
 
 @torch.no_grad()
-def init_new(module: nn.Module) -> None:
-    """Weights of linear maps and embeddings from N(0, 0.02), biases 0, norms 1 and 0 (official init_weights)."""
+def init_new(module: nn.Module, std: float = 0.02) -> None:
+    """Weights of linear maps and embeddings from N(0, std), biases 0, norms 1 and 0 (official init_weights)."""
     for part in module.modules():
         if isinstance(part, nn.Linear | nn.Embedding):
-            part.weight.normal_(0.0, 0.02)
+            part.weight.normal_(0.0, std)
         elif isinstance(part, nn.LayerNorm):
             part.weight.fill_(1.0)
         if isinstance(part, nn.Linear | nn.LayerNorm) and part.bias is not None:
@@ -24,10 +24,10 @@ def init_new(module: nn.Module) -> None:
 class Pooler(nn.Module):
     """tanh of a linear map of the [CLS] state: (P, D) -> (P, D)."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, init_std: float = 0.02):
         super().__init__()
         self.dense = nn.Linear(width, width)
-        init_new(self)
+        init_new(self, init_std)
 
     def forward(self, cls: Tensor) -> Tensor:
         return torch.tanh(self.dense(cls))

@@ -70,7 +70,14 @@ class VisionEncoder(nn.Module):
     position_key: str
     patch_key: str
 
-    def __init__(self, image_size: int, stride: int, channels: int):
+    def __init__(
+        self,
+        image_size: int,
+        stride: int,
+        channels: int,
+        mean: tuple[float, ...] = CLIP_MEAN,
+        std: tuple[float, ...] = CLIP_STD,
+    ):
         super().__init__()
         if channels < 1:
             raise ConfigError(f"encoder.vision.channels={channels}: at least 1 is needed")
@@ -79,8 +86,8 @@ class VisionEncoder(nn.Module):
         self.channels = channels
         self.grid = image_size // stride
         self.tokens = self.grid**2 + 1
-        self.mean = channel_statistics(CLIP_MEAN, channels)
-        self.std = channel_statistics(CLIP_STD, channels)
+        self.mean = channel_statistics(mean, channels)
+        self.std = channel_statistics(std, channels)
         self.register_buffer("_mean", torch.tensor(self.mean)[:, None, None], persistent=False)
         self.register_buffer("_std", torch.tensor(self.std)[:, None, None], persistent=False)
 

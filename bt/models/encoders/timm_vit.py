@@ -8,11 +8,11 @@ from functools import partial
 from timm.layers import HybridEmbed
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_hybrid import ConvStem
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bt.errors import ConfigError
-from bt.models.encoders.base import VisionEncoder
+from bt.models.encoders.base import CLIP_MEAN, CLIP_STD, VisionEncoder
 
 
 class TimmVision(VisionEncoder):
@@ -20,6 +20,7 @@ class TimmVision(VisionEncoder):
 
     width, layers, heads, mlp_ratio: of the transformer. stem_channels: channels of each convolution.
     stem_strides: stride of each; their product is the patch size, image_size / product the side of the token grid.
+    init_std: deviation of the transformer's linear weights. mean, std: of the pixels in [0, 1].
     The stem is normalised by GroupNorm with one group: batch statistics would depend on how a batch is cut into
     micro-batches and ranks.
     """
@@ -37,6 +38,9 @@ class TimmVision(VisionEncoder):
         mlp_ratio: float = 4.0,
         stem_channels: tuple[int, ...] = (16, 32, 64, 128),
         stem_strides: tuple[int, ...] = (2, 2, 2, 2),
+        init_std: float = 0.02,
+        mean: tuple[float, ...] = CLIP_MEAN,
+        std: tuple[float, ...] = CLIP_STD,
     ):
         if len(stem_channels) != len(stem_strides) or not stem_strides:
             raise ConfigError(
@@ -45,7 +49,7 @@ class TimmVision(VisionEncoder):
             )
         if width % heads:
             raise ConfigError(f"encoder.vision.heads={heads} does not divide encoder.vision.width={width}")
-        super().__init__(image_size, math.prod(stem_strides), channels)
+        super().__init__(image_size, math.prod(stem_strides), channels, tuple(mean), tuple(std))
         self.width = width
         self.depth = layers
         self.checkpointing = False
@@ -67,6 +71,9 @@ class TimmVision(VisionEncoder):
             mlp_ratio=mlp_ratio,
             embed_layer=partial(HybridEmbed, backbone=stem),
         )
+        for module in self.visual.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=init_std)
 
     def forward(self, images: Tensor, states: int) -> list[Tensor]:
         # The steps of VisionTransformer.forward_features, which returns the last state alone.
