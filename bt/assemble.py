@@ -18,7 +18,7 @@ from bt.data.text import Tokenizer, load_tokenizer, make_tokenizer
 from bt.data.transforms import make_transform
 from bt.engine.distributed import World
 from bt.engine.initial import weights_file
-from bt.errors import ConfigError
+from bt.errors import CheckpointError, ConfigError
 from bt.models.bridgetower import build_tower
 from bt.tasks.base import Context, TaskModel
 
@@ -32,9 +32,16 @@ def find_tokenizer(cfg: Config, run_dir: Path, train: ShardSet) -> Tokenizer:
     if kept.is_file():
         return load_tokenizer(kept)
     if cfg.init_from and cfg.encoder.text["tokenizer"].get("kind") == "trained":
-        # Token ids mean what they meant when the weights were trained.
-        return load_tokenizer(weights_file(cfg.init_from).with_name("tokenizer.json"))
+        return tokenizer_of(weights_file(cfg.init_from))
     return make_tokenizer(texts=train.all_texts(), **cfg.encoder.text["tokenizer"])
+
+
+def tokenizer_of(weights: Path) -> Tokenizer:
+    """The tokenizer that was trained with the weights: ids mean what they meant then."""
+    kept = weights.with_name("tokenizer.json")
+    if not kept.is_file():
+        raise CheckpointError(f"{weights} has no tokenizer.json beside it, which its text encoder was trained with")
+    return load_tokenizer(kept)
 
 
 def build_model(cfg: Config, tokenizer: Tokenizer, labels: Mapping[str, list[str]]) -> TaskModel:

@@ -10,13 +10,13 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from bt.assemble import Data, build_model
+from bt.assemble import Data, build_model, tokenizer_of
 from bt.config import Config, config_hash
 from bt.config.record import read_recorded, to_config
 from bt.config.schema import check_run, check_values
 from bt.config.targets import check_model_targets
 from bt.data.shards import ShardSet
-from bt.data.text import load_tokenizer, make_tokenizer
+from bt.data.text import make_tokenizer
 from bt.engine import distributed, report
 from bt.engine.distributed import World
 from bt.engine.initial import load_weights, weights_file
@@ -70,12 +70,10 @@ def select(node: dict[str, Any], key: str) -> Any:
 def evaluate_weights(cfg: Config, world: World, weights: Path, split: str, out_dir: Path) -> float | None:
     set_numerics(cfg)
     shards = ShardSet(cfg.data.dir, split, cfg.data.cache_dir)
-    kept = weights.with_name("tokenizer.json")
-    if not kept.is_file() and cfg.encoder.text["tokenizer"]["kind"] == "trained":
-        raise CheckpointError(
-            f"{kept} is missing: the weights cannot be used without the tokenizer they were trained with"
-        )
-    tokenizer = load_tokenizer(kept) if kept.is_file() else make_tokenizer(texts=(), **cfg.encoder.text["tokenizer"])
+    if cfg.encoder.text["tokenizer"]["kind"] == "trained":
+        tokenizer = tokenizer_of(weights)
+    else:
+        tokenizer = make_tokenizer(texts=(), **cfg.encoder.text["tokenizer"])
     model = build_model(cfg, tokenizer, shards.labels)
     loaded = load_weights(weights, model)
     if loaded.new:

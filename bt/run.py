@@ -238,7 +238,9 @@ class Training:
             )
             metrics |= measured
             if self.world.main:
-                self.journal.append({"step": self.trainer.step, **measured})
+                # A run that was killed here before has this line already.
+                if not any(record.keys() >= measured.keys() for record in self.journal.records()):
+                    self.journal.append({"step": self.trainer.step, **measured})
                 write_predictions(self.run_dir / "predictions-test.jsonl", predictions)
         return metrics
 

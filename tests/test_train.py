@@ -118,7 +118,7 @@ def test_evaluation_repeats_the_reported_metrics(finished):
 
 
 def test_going_on_after_sigkill_is_exact(tmp_path, few_dir):
-    """Killed at a random moment between two checkpoints, mid-epoch, with two loader workers: the same lines and bits."""
+    """Killed at a random step, mid-epoch, with two loader workers: the same lines and bits."""
     settings = [
         "experiment=easy_vqa_pretrain", f"data.dir={few_dir}", "encoder=tiny", "cross=tiny", "tracking=none",
         "global_batch=16", "trainer.epochs=null", "trainer.max_steps=40", "trainer.log_every=1", "data.workers=2",
