@@ -33,7 +33,8 @@ def find_tokenizer(cfg: Config, run_dir: Path, train: ShardSet) -> Tokenizer:
         return load_tokenizer(kept)
     if cfg.init_from and cfg.encoder.text["tokenizer"].get("kind") == "trained":
         return tokenizer_of(weights_file(cfg.init_from))
-    return make_tokenizer(texts=train.all_texts(), **cfg.encoder.text["tokenizer"])
+    texts = train.all_texts(skip_bad=cfg.data.on_bad_sample == "skip")
+    return make_tokenizer(texts=texts, **cfg.encoder.text["tokenizer"])
 
 
 def tokenizer_of(weights: Path) -> Tokenizer:

@@ -50,12 +50,7 @@ class Training:
         self.images_seen, self.images_skipped = 0, 0
 
     def prepare(self) -> None:
-        """Makes or checks the run's directory (rank 0), loads weights, and goes to the step to start from."""
-        if self.world.main:
-            prepare_run_dir(self.cfg)
-            if not (self.run_dir / "tokenizer.json").exists():
-                self.tokenizer.save(self.run_dir / "tokenizer.json")
-        distributed.barrier()
+        """Loads weights, makes the run's directory (rank 0), and goes to the step to start from."""
         last = checkpoint.last_checkpoint(self.run_dir)
         if last is None and self.cfg.init_from:
             loaded = load_weights(self.cfg.init_from, self.model, ignore_heads=self.cfg.checkpoint.ignore_heads)
@@ -73,6 +68,12 @@ class Training:
             precision=self.cfg.trainer.precision,
             grad_clip=self.cfg.trainer.grad_clip,
         )
+        # Only now, when all that was asked for has been found to fit: a mistake leaves no directory behind.
+        if self.world.main:
+            prepare_run_dir(self.cfg)
+            if not (self.run_dir / "tokenizer.json").exists():
+                self.tokenizer.save(self.run_dir / "tokenizer.json")
+        distributed.barrier()
         self.journal = Journal(self.run_dir)
         if state:
             self.trainer.step = state["step"]
@@ -303,9 +304,11 @@ def train(cfg: Config) -> float | None:
     """Runs the experiment, or says that it is finished; returns the objective metric of its best checkpoint."""
     world = distributed.join(cfg.trainer.device)
     try:
-        finished = resolve_run_dir(cfg) / "report.json"
+        run_dir = resolve_run_dir(cfg)
+        finished = run_dir / "report.json"
+        if (run_dir / "config.yaml").exists():
+            prepare_run_dir(cfg)  # refuses another configuration, before anything heavy
         if finished.exists():
-            prepare_run_dir(cfg)
             metrics = json.loads(finished.read_text())["metrics"]
             if world.main:
                 log.info(f"already finished: {finished}")

@@ -15,7 +15,7 @@ import re
 import tarfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -289,9 +289,14 @@ class ShardSet:
         inner = self.text_fields[field]
         return [entry if inner is None else entry[inner] for entry in info.get(field, ())]
 
-    def all_texts(self):
+    def all_texts(self, skip_bad: bool = False) -> Iterator[str]:
         """Every text of every field, in file order, for training a tokenizer. Images are not decoded."""
         for number in range(len(self)):
-            info = self.read(number).info
+            try:
+                info = self.read(number).info
+            except BadSample:
+                if not skip_bad:
+                    raise
+                continue
             for field in self.text_fields:
                 yield from self.texts(info, field)

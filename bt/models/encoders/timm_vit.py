@@ -5,14 +5,29 @@ from __future__ import annotations
 import math
 from functools import partial
 
-from timm.layers import GroupNormAct, HybridEmbed
+import torch
+from timm.layers import HybridEmbed
 from timm.models.vision_transformer import VisionTransformer
-from timm.models.vision_transformer_hybrid import ConvStem
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bt.errors import ConfigError
 from bt.models.encoders.base import CLIP_MEAN, CLIP_STD, VisionEncoder
+
+
+class HalfInstanceNorm(nn.Module):
+    """Instance norm of the first half of the channels; the others pass as they are (IBN-Net, arXiv 1807.09441).
+
+    Normalised channels make shapes easy to learn, but lose how dark a thing is against its ground; the others keep it.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.half = channels // 2
+        self.norm = nn.InstanceNorm2d(self.half, affine=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.norm(x[:, : self.half]), x[:, self.half :]], dim=1)
 
 
 class TimmVision(VisionEncoder):
@@ -21,12 +36,11 @@ class TimmVision(VisionEncoder):
     width, layers, heads, mlp_ratio: of the transformer. stem_channels: channels of each convolution.
     stem_strides: stride of each; their product is the patch size, image_size / product the side of the token grid.
     init_std: deviation of the transformer's linear weights. mean, std: of the pixels in [0, 1].
-    The stem is normalised per image and channel: batch statistics would depend on how a batch is cut into micro-batches
-    and ranks, and one norm over all channels learns shapes only half as fast.
+    There are no batch statistics: they would depend on how a batch is cut into micro-batches and ranks.
     """
 
     position_key = "visual.pos_embed"
-    patch_key = "visual.patch_embed.backbone.0.conv.weight"
+    patch_key = "visual.patch_embed.backbone.0.weight"
 
     def __init__(
         self,
@@ -53,13 +67,11 @@ class TimmVision(VisionEncoder):
         self.width = width
         self.depth = layers
         self.checkpointing = False
-        stem = ConvStem(
-            in_chans=channels,
-            depth=len(stem_strides),
-            channels=tuple(stem_channels),
-            stride=tuple(stem_strides),
-            norm_layer=partial(GroupNormAct, group_size=1),
-        )
+        sides = (channels, *stem_channels)
+        convolutions: list[nn.Module] = []
+        for before, after, stride in zip(sides[:-1], sides[1:], stem_strides, strict=True):
+            convolutions += [nn.Conv2d(before, after, 3, stride, padding=1), HalfInstanceNorm(after), nn.ReLU()]
+        stem = nn.Sequential(*convolutions[:-2])
         self.visual = VisionTransformer(
             img_size=image_size,
             patch_size=1,
