@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format baselines clean
+.PHONY: help venv demo test bench lint format baselines clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -25,6 +25,9 @@ demo: $(VENV)/.installed  ## Pre-train and fine-tune a small BridgeTower on easy
 
 test: $(VENV)/.installed  ## Run the tests (about 6 minutes on 2 cores)
 	$(RUN) -m pytest
+
+bench: $(VENV)/.installed  ## Compare speed with transformers' BridgeTower on the same work, base size (about 6 minutes)
+	$(RUN) -m bt.bench --out bench.json
 
 lint: $(VENV)/.installed  ## Check style and formatting
 	$(VENV)/bin/ruff check .

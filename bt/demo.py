@@ -47,20 +47,21 @@ def table(rows: list[tuple[str, float, str]]) -> str:
 
 
 def draw_questions(vqa_dir: Path, out: Path, count: int = 12) -> None:
-    """Some test questions with image, answer and truth: wrong answers first, then one question an image."""
+    """Some test questions with image, answer and truth, one an image: wrong answers first."""
     predictions = [json.loads(line) for line in (vqa_dir / "predictions-test.jsonl").read_text().splitlines()]
-    wrong = [p for p in predictions if p["score"] < 1][: count // 3]
-    first_of_image = list({p["image"]: p for p in predictions if p["score"] >= 1}.values())
-    shown = wrong + first_of_image[:: max(1, len(first_of_image) // count)][: count - len(wrong)]
+    wrong = list({p["image"]: p for p in predictions if p["score"] < 1}.values())[: count // 3]
+    right = list({p["image"]: p for p in predictions if p["score"] >= 1}.values())
+    shown = wrong + right[:: max(1, len(right) // count)][: count - len(wrong)]
     images = ShardSet(str(DATA_DIR), "test")
     rows = {images.key(row): row for row in range(len(images))}
     figure, axes = plt.subplots(3, count // 3, figsize=(11, 9))
     for axis, prediction in zip(axes.flat, shown, strict=False):
         sample = images.read(rows[prediction["image"]])
         axis.imshow(decode(sample.images["image"]).convert("RGB"))
-        right = prediction["score"] >= 1
-        answers = f"{prediction['answer']}" if right else f"{prediction['answer']} (true: {prediction['truth']})"
-        axis.set_title(f"{prediction['question']}\n{answers}", fontsize=8, color="black" if right else "crimson")
+        answer, colour = prediction["answer"], "black"
+        if prediction["score"] < 1:
+            answer, colour = f"{answer} (true: {prediction['truth']})", "crimson"
+        axis.set_title(f"{prediction['question']}\n{answer}", fontsize=8, color=colour)
     for axis in axes.flat:
         axis.axis("off")
     figure.tight_layout()

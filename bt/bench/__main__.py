@@ -1,0 +1,82 @@
+"""Speed against transformers' BridgeTower on the same work, as ratios measured side by side in one run.
+
+python -m bt.bench [--out FILE.json] [--only pretrain_1,inference_20] [--size base|tiny]
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from bt.bench.cases import CASES, SIZES, Case
+from bt.engine.progress import table
+
+REPETITIONS = 3
+AGREEMENT = 1e-4  # relative
+
+
+def difference(case: Case) -> float:
+    """The largest relative difference of what both sides return; doubles as the warm-up."""
+    ours, peer = case.ours(), case.peer()
+    return ((ours - peer).abs().max() / peer.abs().max()).item()
+
+
+def seconds(work) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def measure(name: str, case: Case) -> dict:
+    disagreement = difference(case)
+    if not disagreement <= AGREEMENT:
+        raise SystemExit(
+            f"error: {name}: both sides differ by {disagreement:.1e}, more than {AGREEMENT:.0e} (relative)"
+        )
+    # In turn, so that a machine that slows down slows both.
+    times = [(seconds(case.ours), seconds(case.peer)) for _ in range(REPETITIONS)]
+    ratios = [peer / ours for ours, peer in times]
+    ours, peer = (case.pairs / statistics.median(column) for column in zip(*times, strict=True))
+    return {
+        "name": name,
+        "ratio": statistics.median(ratios),
+        "ours": ours,
+        "peer": peer,
+        "unit": "pairs/s",
+        "spread": [min(ratios), max(ratios)],
+        "loss_difference": disagreement,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bt.bench", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="write the results as JSON")
+    parser.add_argument("--only", default=",".join(CASES), help=f"names, comma-separated, of: {', '.join(CASES)}")
+    parser.add_argument("--size", choices=list(SIZES), default="base")
+    arguments = parser.parse_args()
+    chosen = arguments.only.split(",")
+    for name in chosen:
+        if name not in CASES:
+            parser.error(f"--only: there is no {name!r}; allowed are {', '.join(CASES)}")
+    print(f"{len(chosen)} cases, {torch.get_num_threads()} threads; base size takes about 2 minutes each on two cores")
+    results = []
+    for name in chosen:
+        description, make = CASES[name]
+        torch.manual_seed(0)
+        results.append(measure(name, make(SIZES[arguments.size])))
+        gc.collect()
+        print(f"{name}: {description}: {results[-1]['ratio']:.2f} times the peer", flush=True)
+    rows = [[r["name"], r["ratio"], r["ours"], r["peer"], r["loss_difference"]] for r in results]
+    print("\n" + table(rows, ("case", "ratio", "bt pairs/s", "transformers pairs/s", "difference")))
+    if arguments.out:
+        arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
