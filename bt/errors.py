@@ -4,7 +4,12 @@ from hydra.errors import CompactHydraException
 
 
 class UserError(CompactHydraException):
-    """A mistake in what was asked or given; the message names the key or file and what is allowed."""
+    """A mistake in what was asked or given; the message names the key or file and what is allowed.
+
+    ends_sweep: it ends a whole multirun, not only the member that raised it.
+    """
+
+    ends_sweep = False
 
 
 class ConfigError(UserError):

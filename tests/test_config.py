@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from bt.config import Config, OptimizerConfig, config_hash, diff_configs, entry, prepare_run_dir, read_config
 from bt.config.entry import CONF_DIR
 from bt.config.record import record, resolve_run_dir, to_config
-from bt.errors import ConfigError
+from bt.errors import ConfigError, UserError
 
 REPOSITORY = Path(CONF_DIR).parent
 TINY = ["encoder=tiny", "cross=tiny"]
@@ -105,6 +105,16 @@ def test_debug_shows_the_traceback(command):
     assert status == 1 and "Traceback" in error and error.splitlines()[-1].startswith("error: seed=-1 is out of range")
 
 
+@pytest.mark.parametrize("written", ["debug=1", "debug=yes", "+experiment=loud"])
+def test_debug_counts_however_it_is_written(command, tmp_path, written):
+    (tmp_path / "more" / "experiment").mkdir(parents=True)
+    (tmp_path / "more" / "experiment" / "loud.yaml").write_text("# @package _global_\ndebug: true\n")
+    where = ["--config-dir", str(tmp_path / "more"), written.removeprefix("+")]
+    status, error = command(*where, "seed=-1")
+    assert status == 1 and "Traceback" in error and error.splitlines()[-1].startswith("error: seed=-1 is out of range")
+    assert "Traceback" not in command(*TINY, "seed=-1")[1], "one program's debug is not the next one's"
+
+
 def test_an_error_of_the_program_is_not_taken_for_the_users(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train", *TINY])
@@ -170,6 +180,26 @@ def test_multirun_goes_on_after_a_member_that_fails(command, tmp_path):
     assert (status, command.called) == (1, []) and "unknown option optimizer.lrr" in error
 
 
+def test_a_signal_ends_the_whole_multirun(monkeypatch, capfd, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train", *TINY, "-m", "seed=0,1,2"])
+    called = []
+
+    class Signal(UserError):
+        ends_sweep = True
+
+    @entry("config", Config)
+    def main(cfg: Config) -> None:
+        called.append(cfg.seed)
+        if cfg.seed == 1:
+            raise Signal("stopped by a signal after step 7")
+
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert (end.value.code, called) == (1, [0, 1])
+    assert capfd.readouterr().err == "error: stopped by a signal after step 7\n"
+
+
 def test_a_sweep_file_is_a_grid_by_its_name_alone(command, tmp_path):
     (tmp_path / "more" / "sweep").mkdir(parents=True)
     (tmp_path / "more" / "sweep" / "two.yaml").write_text(
@@ -224,7 +254,7 @@ def test_files_show_every_option_with_its_default():
 
 def test_hash_and_run_directory_follow_what_matters():
     cfg = composed()
-    same = composed("data.workers=0", "tracking=none", "trainer.log_every=1", "run_dir=x", "trainer.threads=1")
+    same = composed("data.workers=0", "tracking=none", "trainer.log_every=1", "run_dir=x", "eval.test=false")
     other = composed("optimizer.lr=2e-5")
     assert config_hash(cfg) == config_hash(same) != config_hash(other)
     assert diff_configs(cfg, same) == []

@@ -29,8 +29,9 @@ from bt.errors import ConfigError, UserError
 
 CONF_DIR = str(Path(__file__).resolve().parents[2] / "conf")
 
-# Until the first job starts, whatever goes wrong is in the command line or the configuration files.
-_progress = {"composed": False}
+# composed: until the first job starts, whatever goes wrong is in the command line or the configuration files.
+# debug: as composed, so that it counts however it was written.
+_progress = {"composed": False, "debug": False}
 
 # In one process a member of a multirun that fails must not end the others, and Hydra reports only the first.
 _failed_members: list[str] = []
@@ -54,9 +55,11 @@ def entry(
             try:
                 return main(_checked(node, schema))
             except UserError as error:
-                if HydraConfig.get().mode == RunMode.MULTIRUN:
+                if HydraConfig.get().mode == RunMode.MULTIRUN and not error.ends_sweep:
                     overrides = " ".join(HydraConfig.get().overrides.task)
                     _failed_members.append(overrides)
+                    if _progress["debug"]:
+                        traceback.print_exception(error)
                     print(f"error in member {overrides}: {one_line(error)}", file=sys.stderr, flush=True)
                     raise
                 raise _Stop(error) from error
@@ -82,6 +85,7 @@ class _Stop(BaseException):
 
 def _checked(node: DictConfig, schema: type) -> Any:
     try:
+        _progress["debug"] |= bool(node.get("debug"))
         cfg = to_config(node)
     except OmegaConfBaseException as error:
         raise ConfigError(explain(error)) from error
@@ -98,32 +102,36 @@ def _checked(node: DictConfig, schema: type) -> Any:
 def _run(program: Callable[[], None]) -> None:
     # Without this Hydra prints errors itself, in many lines, and exits.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    _progress["composed"] = False
+    # What fails while it is composed has no other word on debug than the command line.
+    _progress.update(composed=False, debug="debug=true" in [argument.lower() for argument in sys.argv[1:]])
     _failed_members.clear()
-    debug = "debug=true" in [argument.lower() for argument in sys.argv[1:]]
     _log_to_stdout()
     try:
         _check_sweep(sys.argv[1:])
         sys.argv[1:] = _options_first(sys.argv[1:])
         program()
     except _Stop as stop:
-        _fail(stop.__cause__, debug)
+        _fail(stop.__cause__)
     except UserError as error:
         if _failed_members:
-            _fail(UserError(f"{len(_failed_members)} of the sweep's members failed"), False)
-        _fail(error, debug)
+            _end(UserError(f"{len(_failed_members)} of the sweep's members failed"))
+        _fail(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         if _progress["composed"]:
             raise
-        _fail(ConfigError(explain(error, sys.argv[1:])), debug, error)
+        _fail(ConfigError(explain(error, sys.argv[1:])), error)
 
 
-def _fail(error: BaseException, debug: bool, shown: BaseException | None = None) -> None:
-    if debug:
+def _fail(error: BaseException, shown: BaseException | None = None) -> None:
+    if _progress["debug"]:
         traceback.print_exception(shown or error)
+    _end(error)
+
+
+def _end(error: BaseException) -> None:
     print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
     sys.exit(1)
 

@@ -29,10 +29,12 @@ MAY_CHANGE = (
     "trainer.threads",
     "trainer.device",
     "trainer.log_every",
-    "trainer.parallel",
     "checkpoint.every_steps",
     "checkpoint.every_minutes",
     "tracking.",
+    # Only what is measured after the last step: with false, a run whose test split turns out to be missing can still
+    # end with what it has. So runs that differ in this alone share a default directory.
+    "eval.test",
 )
 ABSENT = "(absent)"
 _SECRET = "<from the environment>"

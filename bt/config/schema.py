@@ -33,7 +33,6 @@ class EncoderConfig:
 
 @dataclass
 class TaskConfig:
-    name: str = MISSING
     texts: str = option("captions", choices=["captions", "questions"])
     objectives: dict[str, Any] = option({})
     metric: str = MISSING
@@ -88,7 +87,6 @@ class TrainerConfig:
     matmul_precision: str = option("highest", choices=["highest", "high", "medium"])
     device: str = option("auto", choices=["auto", "cpu", "cuda"])
     threads: int | None = option(None, low=1)
-    parallel: str = option("ddp", choices=["ddp"])
     log_every: int = option(10, low=1)
     deterministic: bool = True
 
