@@ -26,7 +26,8 @@ class AdamW(torch.optim.AdamW):
     divided by sqrt(1 - beta2^t): with beta2 = 0.98 a factor of 7 at the first step and 1.07 at the hundredth, which
     moves parameters with tiny gradients. Theirs decays after the update, p <- (p - lr u)(1 - lr d); torch's before,
     p <- p (1 - lr d) - lr u: the same with lr (1 - lr d) and d / (1 - lr d). Groups keep the values of the
-    configuration between steps, and count t as `steps`, on the host.
+    configuration between steps, and count t as `steps`, on the host; a step that the loss scaler makes void (its
+    gradients were not finite) does not count, as in torch.
     """
 
     def __init__(self, groups: list[dict[str, Any]], *, eps: float, **options: Any):
@@ -46,8 +47,11 @@ class AdamW(torch.optim.AdamW):
 
     @staticmethod
     def _as_configured(optimizer: AdamW, arguments: Any, keywords: Any) -> None:
+        # Set by GradScaler around the step of a fused optimizer, which then leaves everything as it was.
+        void = bool(getattr(optimizer, "found_inf", False))
         for group in optimizer.param_groups:
             group.update(group.pop("configured"))
+            group["steps"] -= void
 
 
 def build_optimizer(model: nn.Module, cfg: OptimizerConfig) -> AdamW:

@@ -78,12 +78,20 @@ class Mirror:
         if not self.enabled:
             return
         self.uri = default_uri(cfg.uri)
-        self.cursor = Cursor(run_dir)
-        self.cursor.set(tags=dict(tags), experiment=cfg.experiment, name=name, final=None, sent=None)
+        try:
+            self.cursor = Cursor(run_dir)
+            self.cursor.set(tags=dict(tags), experiment=cfg.experiment, name=name, final=None, sent=None)
+            (self.run_dir / JOURNAL).touch()
+        except OSError as error:  # a full disk, such as any that tracking may not end the training with
+            log.warning(
+                f"tracking: {error.filename or self.run_dir} cannot be written ({error.strerror}); training goes on "
+                f"without it, later: python -m bt.sync --run-dir {self.run_dir}"
+            )
+            self.enabled = False
+            return
         self.sender = Sender(self.run_dir, self.cursor, self.uri, cfg.experiment, name, cfg.timeout_seconds)
         self.unreachable = False
         self.ending = threading.Event()
-        (self.run_dir / JOURNAL).touch()
         self.thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
         self.thread.start()
 

@@ -175,3 +175,29 @@ def test_three_steps_of_adamw(case):
             assert waves == pytest.approx(entry["proj"], abs=1e-3 * entry["norm"]), name
             compared += 1
     assert compared >= 180
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_step_that_the_loss_scaler_makes_void_does_not_count(fused):
+    """Two optimizers take the same good steps, one of them a void one before each."""
+    plain, scaled = golden_model("vqa"), golden_model("vqa")
+    scaled.load_state_dict(plain.state_dict())
+    cfg = OptimizerConfig(lr=1e-3, fused=fused)
+    optimizers = build_optimizer(plain, cfg), build_optimizer(scaled, cfg)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+
+    def gradients(model: TaskModel, value: float) -> None:
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, value)
+
+    for step in (1, 2):
+        gradients(plain, 0.25)
+        optimizers[0].step()
+        for value in (float("inf"), 0.25 * scaler.get_scale() / 2):  # halved by the void step
+            scaler.scale(torch.ones(()))
+            gradients(scaled, value)
+            scaler.step(optimizers[1])
+            scaler.update()
+        assert [{group["steps"] for group in o.param_groups} for o in optimizers] == [{step}, {step}]
+    for name, parameter in plain.named_parameters():
+        assert torch.equal(parameter, scaled.get_parameter(name)), name

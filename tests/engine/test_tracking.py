@@ -40,7 +40,7 @@ def store(tmp_path_factory):
 def run(tmp_path):
     """A run directory with its configuration."""
     cfg = Config(name="example")
-    cfg.task.name, cfg.task.metric, cfg.data.dir = "vqa", "vqa/val/score", "shards"
+    cfg.task.metric, cfg.data.dir = "vqa/val/score", "shards"
     write_config(cfg, tmp_path)
     return tmp_path
 
@@ -86,6 +86,17 @@ def test_a_journal_on_a_full_disk_is_one_line(tmp_path):
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     with pytest.raises(UserError, match="metrics.jsonl cannot be written: No space left on device"):
         Journal(tmp_path).append(line(1))
+
+
+def test_a_full_disk_at_the_start_costs_the_tracking_alone(store, run, said):
+    full = run / f".tracking.json-{os.getpid()}"
+    full.symlink_to("/dev/full")
+    mirror = Mirror(TrackingConfig(uri=store[0]), run, "example", {})
+    Journal(run).append(line(1))
+    assert mirror.finish("FINISHED") and mirror.run_id is None
+    assert len(said) == 1 and "No space left on device" in said[0] and f"bt.sync --run-dir {run}" in said[0]
+    full.unlink()
+    assert history(store[1], sync(run, store[0]), "vqa/train/loss") == once([1])
 
 
 def test_a_run_arrives_whole(store, run):
