@@ -5,8 +5,8 @@ has none), `text_model`, `vision_model` and the three tensors of the image embed
 - the temperature is stored as logit_scale = -ln(temperature);
 - ForContrastiveLearning has a third head on the fused [CLS] (`itc_cross_modal_head`), which the released objective
   does not have: dropped on import, absent from an export;
-- the epsilon of the cross-modal norms is 1e-5 (text_config.layer_norm_eps), of the released code 1e-12: set
-  `cross.norm_eps` to what the weights were trained with;
+- the epsilon of the cross-modal norms and of the MLM head's is 1e-5 (text_config.layer_norm_eps), of the released
+  code 1e-12: set `cross.norm_eps` and `task.objectives.mlm.norm_eps` to what the weights were trained with;
 - learned scales of other link towers (`scaled_factor`, `beta`) have no released name: refused.
 """
 

@@ -49,14 +49,15 @@ class MLMTargets:
 class MLM(Objective):
     """Cross-entropy over the masked positions; only these rows go through the head.
 
+    norm_eps: of the head's norm, 1e-12 in the official code, 1e-5 in transformers' port.
     Gradients do not reach the poolers nor the last image cross-modal layer, as in the official code.
     """
 
-    def __init__(self, context: Context, weight: float = 1.0, probability: float = 0.15):
+    def __init__(self, context: Context, weight: float = 1.0, probability: float = 0.15, norm_eps: float = 1e-12):
         tokenizer = context.tokenizer
         targets = MLMTargets(probability, tokenizer.vocab_size, tokenizer.mask_id, tuple(tokenizer.special_ids))
         super().__init__(weight, targets)
-        self.head = MLMHead(context.width, tokenizer.vocab_size)
+        self.head = MLMHead(context.width, tokenizer.vocab_size, norm_eps)
 
     def count(self, targets: dict[str, Tensor]) -> float:
         return targets["labels"].numel()
