@@ -142,18 +142,17 @@ class BridgeTower(nn.Module):
     def adapt_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A state dict of this architecture, fitted to this tower's image size, channels and token types.
 
-        A type row that the state lacks is a copy of row 1 (official: NLVR2's second image starts as the first).
+        A type row that the state lacks is a copy of row 1 (official: NLVR2's second image starts as the first); a
+        table with more rows than this tower's is left as it is, and does not load.
         """
         prefix = "vision."
         vision = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
         fitted = {prefix + key: tensor for key, tensor in self.vision.adapt(vision).items()}
         adapted = {**state, **fitted}
         types = adapted.get("type_embeddings.weight")
-        if types is not None and len(types) != len(self.type_embeddings.weight):
-            missing = len(self.type_embeddings.weight) - len(types)
-            adapted["type_embeddings.weight"] = torch.cat([types, types[1:2].expand(max(missing, 0), -1)])[
-                : len(self.type_embeddings.weight)
-            ]
+        missing = 0 if types is None else len(self.type_embeddings.weight) - len(types)
+        if missing > 0:
+            adapted["type_embeddings.weight"] = torch.cat([types, types[1:2].expand(missing, -1)])
         return adapted
 
 

@@ -131,24 +131,35 @@ def test_position_table_of_the_small_encoder_keeps_its_shape():
 
 
 @pytest.mark.parametrize("kind", ["clip", "stem"])
-def test_grey_image_equals_its_stacked_copies(kind):
+@torch.no_grad()
+def test_grey_images_equal_their_stacked_copies(kind):
     torch.manual_seed(0)
 
     def make(channels):
         if kind == "clip":
             return OpenClipVision(image_size=24, channels=channels, architecture=VISION).eval()
-        return TimmVision(image_size=32, channels=channels, width=16, heads=2, stem_channels=(4, 8, 8, 16)).eval()
+        sizes = {"width": 16, "heads": 2, "stem_channels": (4, 8, 8, 16), "mean": (0.9, 0.5, 0.2)}
+        return TimmVision(image_size=32, channels=channels, **sizes).eval()
 
     colour, grey = make(3), make(1)
-    grey.load_state_dict(grey.adapt(colour.state_dict()))
-    images = torch.randn(2, 1, grey.image_size, grey.image_size)
-    for one, three in zip(grey(images, 2), colour(images.expand(-1, 3, -1, -1), 2), strict=True):
-        assert difference(one, three) <= 1e-5
+    assert grey.channels == 1
+    state = colour.state_dict()
+    assert all(adapted is state[key] for key, adapted in grey.adapt(state).items() if key == grey.patch_key)
+    grey.load_state_dict(state)
+    pixels = torch.randint(0, 256, (2, 1, grey.image_size, grey.image_size), dtype=torch.uint8)
+    stacked = pixels.repeat(1, 3, 1, 1)
+    assert torch.equal(grey.normalize(pixels), colour.normalize(stacked))
+    floats = torch.randn(pixels.shape)
+    assert grey.normalize(floats) is floats
+    for one, three in ((pixels, stacked), (floats, floats.repeat(1, 3, 1, 1))):
+        found, expected = grey(grey.normalize(one), 2), colour(colour.normalize(three), 2)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    with pytest.raises(RuntimeError, match="channels"):
+        colour(floats, 1)
 
 
 def test_other_numbers_of_channels_repeat_and_scale():
     weight = torch.arange(2 * 3 * 1 * 1.0).view(2, 3, 1, 1)
-    assert torch.equal(adapt_channels(weight, 1).flatten(), torch.tensor([3.0, 12.0]))
     assert torch.equal(adapt_channels(weight, 6)[1].flatten(), torch.tensor([3.0, 4, 5, 3, 4, 5]) / 2)
     assert torch.equal(adapt_channels(weight, 2)[0].flatten(), torch.tensor([0.0, 1.0]) * 3 / 2)
     assert adapt_channels(weight, 3) is weight
@@ -160,9 +171,10 @@ def test_pixels_are_normalised_as_totensor_and_normalize_do():
     expected = Normalize(CLIP_MEAN, CLIP_STD)(pixels.float() / 255)
     assert torch.equal(vision.normalize(pixels), expected)
     assert vision.normalize(expected) is expected
-    grey = OpenClipVision(image_size=24, channels=1, architecture=VISION)
+    # Without statistics of its own for so many channels, each has the mean of the three.
+    two = OpenClipVision(image_size=24, channels=2, architecture=VISION)
     mean, std = sum(CLIP_MEAN) / 3, sum(CLIP_STD) / 3
-    assert difference(grey.normalize(pixels[:, :1]), (pixels[:, :1].float() / 255 - mean) / std) <= 1e-6
+    assert difference(two.normalize(pixels[:, :2]), (pixels[:, :2].float() / 255 - mean) / std) <= 1e-6
 
 
 @pytest.mark.parametrize("name", ["clip.safetensors", "clip.pt"])
@@ -172,9 +184,9 @@ def test_weights_from_a_file(tmp_path, name):
     vision = OpenClipVision(pretrained=str(path), image_size=24, architecture=VISION)
     assert all(torch.equal(tensor, state[key]) for key, tensor in vision.state_dict().items())
     other = OpenClipVision(
-        pretrained=str(path), image_size=32, channels=1, remove_last_layers=1, architecture=VISION
+        pretrained=str(path), image_size=32, channels=6, remove_last_layers=1, architecture=VISION
     ).state_dict()
-    assert torch.equal(other["visual.conv1.weight"], state["visual.conv1.weight"].sum(1, keepdim=True))
+    assert torch.equal(other["visual.conv1.weight"], state["visual.conv1.weight"].repeat(1, 2, 1, 1) / 2)
     assert other["visual.positional_embedding"].shape == (17, 24)
     block = "visual.transformer.resblocks.1.mlp.c_fc.weight"
     assert torch.equal(other[block], state[block])

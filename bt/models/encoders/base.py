@@ -44,16 +44,12 @@ def resize_positions(table: Tensor, grid: int) -> Tensor:
 
 
 def adapt_channels(weight: Tensor, channels: int) -> Tensor:
-    """First convolution (O, C, h, w) -> (O, channels, h, w).
-
-    One channel: the sum, so that a grey image gives what its stacked copies gave. Others: repeated and scaled, so
-    that sums over channels keep their size (timm's adapt_input_conv).
+    """First convolution (O, C, h, w) -> (O, channels, h, w), repeated and scaled so that sums over channels keep their
+    size (timm's adapt_input_conv).
     """
     before = weight.shape[1]
     if before == channels:
         return weight
-    if channels == 1:
-        return weight.sum(1, keepdim=True)
     return weight.repeat(1, math.ceil(channels / before), 1, 1)[:, :channels] * (before / channels)
 
 
@@ -61,7 +57,9 @@ class VisionEncoder(nn.Module):
     """Images to the states of the top layers.
 
     width: of the states. depth: layers that can be bridged. image_size: pixels of a side. channels: of an image.
-    tokens: per image, the class token first. mean, std: of the pixels in [0, 1], per channel.
+    input_channels: of the first convolution. It is that of `channels`, but three for grey images: they enter as their
+    stacked copies, so that models of grey and of colour images have the same weights.
+    tokens: per image, the class token first. mean, std: of the pixels in [0, 1], per input channel.
     position_key, patch_key: names of the position table and the first convolution's weight in the state dict.
     """
 
@@ -86,34 +84,42 @@ class VisionEncoder(nn.Module):
         self.channels = channels
         self.grid = image_size // stride
         self.tokens = self.grid**2 + 1
-        self.mean = channel_statistics(mean, channels)
-        self.std = channel_statistics(std, channels)
+        self.input_channels = 3 if channels == 1 else channels
+        self.mean = channel_statistics(mean, self.input_channels)
+        self.std = channel_statistics(std, self.input_channels)
         self.register_buffer("_mean", torch.tensor(self.mean)[:, None, None], persistent=False)
         self.register_buffer("_std", torch.tensor(self.std)[:, None, None], persistent=False)
 
     def forward(self, images: Tensor, states: int) -> list[Tensor]:
         """(I, C, H, W) normalised -> the outputs (I, tokens, width) of the top `states` layers, bottom first, each
-        after the shared final norm."""
+        after the shared final norm. C is input_channels, or 1 for grey images."""
         raise NotImplementedError
+
+    def stack_grey(self, images: Tensor) -> Tensor:
+        """Grey (I, 1, H, W) -> a view with three equal channels; other images as they are."""
+        return images.expand(-1, self.input_channels, -1, -1) if self.channels == images.shape[1] == 1 else images
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
         raise NotImplementedError
 
     def normalize(self, images: Tensor) -> Tensor:
-        """uint8 pixels -> float, as ToTensor and Normalize do; images that are float already are left alone."""
+        """uint8 pixels -> float, as ToTensor and Normalize do; images that are float already are left alone.
+
+        Grey (I, 1, H, W) uint8 -> (I, 3, H, W): each copy is normalised with the statistics of its channel.
+        """
         if images.dtype != torch.uint8:
             return images
         return (images.float() / 255 - self._mean) / self._std
 
     def adapt(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A state dict of this architecture, fitted to this encoder's image size and number of channels."""
+        """A state dict of this architecture, fitted to this encoder's image size and number of input channels."""
         state = dict(state)
         if self.position_key in state:
             table = state[self.position_key]
             resized = resize_positions(table.reshape(-1, table.shape[-1]), self.grid)
             state[self.position_key] = resized.reshape(*table.shape[:-2], *resized.shape)
         if self.patch_key in state:
-            state[self.patch_key] = adapt_channels(state[self.patch_key], self.channels)
+            state[self.patch_key] = adapt_channels(state[self.patch_key], self.input_channels)
         return state
 
 

@@ -141,9 +141,9 @@ class OpenClipVision(VisionEncoder):
             act_layer=QuickGELU if sizes.quick_gelu else nn.GELU,
         )
         self.visual.proj = None
-        if channels != 3:
+        if self.input_channels != 3:
             patch = sizes.patch_size
-            self.visual.conv1 = nn.Conv2d(channels, sizes.width, kernel_size=patch, stride=patch, bias=False)
+            self.visual.conv1 = nn.Conv2d(self.input_channels, sizes.width, kernel_size=patch, stride=patch, bias=False)
         if pretrained is not None:
             self._load(read_weights(fetch(name, pretrained)), pretrained)
 
@@ -163,7 +163,7 @@ class OpenClipVision(VisionEncoder):
 
     def forward(self, images: Tensor, states: int) -> list[Tensor]:
         # The steps of VisionTransformer.forward_intermediates, which would split off the class token.
-        embedded = self.visual._embeds(images)
+        embedded = self.visual._embeds(self.stack_grey(images))
         _, outputs = self.visual.transformer.forward_intermediates(embedded, indices=states)
         return [self.visual.ln_post(output) for output in outputs]
 

@@ -67,7 +67,7 @@ class TimmVision(VisionEncoder):
         self.width = width
         self.depth = layers
         self.checkpointing = False
-        sides = (channels, *stem_channels)
+        sides = (self.input_channels, *stem_channels)
         convolutions: list[nn.Module] = []
         for before, after, stride in zip(sides[:-1], sides[1:], stem_strides, strict=True):
             convolutions += [nn.Conv2d(before, after, 3, stride, padding=1), HalfInstanceNorm(after), nn.ReLU()]
@@ -75,7 +75,7 @@ class TimmVision(VisionEncoder):
         self.visual = VisionTransformer(
             img_size=image_size,
             patch_size=1,
-            in_chans=channels,
+            in_chans=self.input_channels,
             num_classes=0,
             embed_dim=width,
             depth=layers,
@@ -89,7 +89,7 @@ class TimmVision(VisionEncoder):
 
     def forward(self, images: Tensor, states: int) -> list[Tensor]:
         # The steps of VisionTransformer.forward_features, which returns the last state alone.
-        x = self.visual._pos_embed(self.visual.patch_embed(images))
+        x = self.visual._pos_embed(self.visual.patch_embed(self.stack_grey(images)))
         outputs = []
         for index, block in enumerate(self.visual.blocks):
             x = checkpoint(block, x, use_reentrant=False) if self.checkpointing and self.training else block(x)
