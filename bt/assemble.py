@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from hydra.utils import get_class
@@ -45,10 +46,22 @@ def tokenizer_of(weights: Path) -> Tokenizer:
     return load_tokenizer(kept)
 
 
-def build_model(cfg: Config, tokenizer: Tokenizer, labels: Mapping[str, list[str]]) -> TaskModel:
-    """The tower and the task's objectives, new weights drawn from cfg.seed."""
+def build_model(
+    cfg: Config, tokenizer: Tokenizer, labels: Mapping[str, list[str]], *, pretrained: bool = True
+) -> TaskModel:
+    """The tower and the task's objectives, new weights drawn from cfg.seed.
+
+    pretrained: False where all of the tower's weights are loaded afterwards, so that the encoders' own, which the
+    configuration names, need not be at hand.
+    """
     torch.manual_seed(cfg.seed)
-    tower = build_tower(asdict(cfg.encoder), cfg.bridge, cfg.cross, vocab_size=tokenizer.vocab_size)
+    encoder, vocab_size = asdict(cfg.encoder), tokenizer.vocab_size
+    if not pretrained:
+        if encoder["text"].get("pretrained"):
+            # A pre-trained encoder has the rows of its own configuration, which can be more than the tokenizer's.
+            encoder["text"]["pretrained"], vocab_size = False, None
+        encoder["vision"] = without_weights(encoder["vision"])
+    tower = build_tower(encoder, cfg.bridge, cfg.cross, vocab_size=vocab_size)
     if cfg.data.max_text_len > tower.text.max_positions:
         raise ConfigError(
             f"data.max_text_len={cfg.data.max_text_len}: encoder.text takes at most {tower.text.max_positions} tokens"
@@ -60,6 +73,21 @@ def build_model(cfg: Config, tokenizer: Tokenizer, labels: Mapping[str, list[str
     }
     tower.set_gradient_checkpointing(cfg.trainer.gradient_checkpointing)
     return TaskModel(tower, objectives)
+
+
+def without_weights(vision: Mapping[str, Any]) -> dict[str, Any]:
+    """The encoder.vision node of the same architecture with random weights."""
+    vision = dict(vision)
+    if vision.get("pretrained") and vision.get("name"):
+        from bt.models.encoders.open_clip_vit import Architecture, OpenClipVision  # open_clip is slow to import
+
+        if issubclass(get_class(vision["_target_"]), OpenClipVision):
+            # The weights' tag says the activation where the name does not (ViT-B-16 with openai's).
+            sizes = Architecture.of_name(vision["name"], vision["pretrained"])
+            vision |= {"name": None, "architecture": asdict(sizes)}
+    if vision.get("pretrained"):
+        vision["pretrained"] = None
+    return vision
 
 
 class Data:

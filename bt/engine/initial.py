@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bt.engine.checkpoint import best_checkpoint, differences, last_checkpoint, read_tensors
+from bt.engine.checkpoint import best_checkpoint, differences, last_checkpoint, read_state, read_tensors
 from bt.errors import CheckpointError
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
@@ -76,12 +77,36 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return content
 
 
-def load_weights(path: Path | str, model: nn.Module, *, ignore_heads: bool = False) -> Loaded:
+def label_difference(source: Path, objective: nn.Module, labels: Mapping[str, list[str]]) -> str | None:
+    """How the labels that a checkpoint's head was trained with differ from `labels`; None where they do not.
+
+    Compared are the maps that the objective keeps as an attribute of their name (VQA.answers): a row of its head means
+    one of them. A checkpoint that does not say what its labels were is taken at its word.
+    """
+    kept = read_state(source.parent).get("labels", {}) if source.with_name("state.json").is_file() else {}
+    for name in labels:
+        if not hasattr(objective, name) or name not in kept or list(kept[name]) == list(labels[name]):
+            continue
+        then, now = kept[name], labels[name]
+        row = next((i for i, (a, b) in enumerate(zip(then, now, strict=False)) if a != b), None)
+        if row is None:
+            return f"labels '{name}': the checkpoint has {len(then)}, the data {len(now)}"
+        return f"labels '{name}': number {row} is {then[row]!r} in the checkpoint and {now[row]!r} in the data"
+    return None
+
+
+def load_weights(
+    path: Path | str,
+    model: nn.Module,
+    *,
+    ignore_heads: bool = False,
+    labels: Mapping[str, list[str]] | None = None,
+) -> Loaded:
     """Loads the tower, and the heads of the objectives that both have, into `model` (bt.tasks.base.TaskModel).
 
     The tower must fit after `BridgeTower.adapt_state` (image size, channels, token types); CheckpointError names the
-    first keys and shapes that do not. A head with other shapes is an error too, unless `ignore_heads`: then it starts
-    new. No key is dropped silently.
+    first keys and shapes that do not. A head with other shapes, or whose rows mean other `labels` (of the data) than
+    when it was trained, is an error too, unless `ignore_heads`: then it starts new. No key is dropped silently.
     """
     source = weights_file(path)
     state = read_weights(source)
@@ -108,12 +133,16 @@ def load_weights(path: Path | str, model: nn.Module, *, ignore_heads: bool = Fal
     fitting: dict[str, Tensor] = {}
     for name, objective in model.objectives.items():
         lines = differences(heads[name], objective.state_dict()) if name in heads else []
-        if lines and not ignore_heads:
+        misfit = f"objectives.{name}.{lines[0]}" if lines else None
+        # The labels say more than the number of rows that follows from them.
+        if name in heads and (other := label_difference(source, objective, labels or {})):
+            misfit = other
+        if misfit and not ignore_heads:
             raise CheckpointError(
-                f"{source}: the head of {name} does not fit: objectives.{name}.{lines[0]}; "
-                "checkpoint.ignore_heads=true starts it new"
+                f"{source}: the head of {name} does not fit: {misfit}; training with checkpoint.ignore_heads=true "
+                "starts it new"
             )
-        if name in heads and not lines:
+        if name in heads and not misfit:
             report.reused.append(name)
             fitting |= {f"objectives.{name}.{key}": value for key, value in heads[name].items()}
         elif objective.state_dict():
