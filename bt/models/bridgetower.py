@@ -162,22 +162,28 @@ def build_tower(
     cross: Mapping[str, Any],
     *,
     vocab_size: int | None,
+    pad_id: int | None = None,
     token_types: int = 2,
 ) -> BridgeTower:
     """The tower of the config nodes `encoder` (vision, text), `bridge` and `cross`: `_target_` and arguments each.
 
-    encoder.text.tokenizer belongs to the data and is left out here. vocab_size: the tokenizer's. Raises ConfigError.
+    encoder.text.tokenizer belongs to the data and is left out here. vocab_size, pad_id: the tokenizer's; without a
+    pad_id the encoder keeps its own. Raises ConfigError.
     """
     vision = build("encoder.vision", encoder["vision"])
     text_config = {key: value for key, value in encoder["text"].items() if key != "tokenizer"}
-    text = build("encoder.text", {**text_config, "vocab_size": vocab_size})
+    tokens = {"vocab_size": vocab_size} | ({} if pad_id is None else {"pad_id": pad_id})
+    text = build("encoder.text", {**text_config, **tokens})
     cross = build("cross", cross)
     text_bridge, image_bridge = (build("bridge", bridge, width=cross.width, layers=cross.layers) for _ in range(2))
     return BridgeTower(vision, text, text_bridge, image_bridge, cross, token_types)
 
 
 def build(key: str, config: Mapping[str, Any], **extra: Any) -> Any:
-    """The object of a `_target_` node; names the config key where target or arguments do not fit."""
+    """The object of a `_target_` node, with the arguments `extra` beside its own.
+
+    Raises ConfigError that names the key where target or arguments do not fit, or the constructor refuses a value.
+    """
     arguments = {**config, **extra}
     target = arguments.pop("_target_", None)
     try:
@@ -190,4 +196,8 @@ def build(key: str, config: Mapping[str, Any], **extra: Any) -> Any:
     except TypeError as error:
         allowed = ", ".join(name for name in signature.parameters if name not in extra)
         raise ConfigError(f"{key}: {error} of {target}; its options are {allowed}") from error
-    return cls(**arguments)
+    try:
+        return cls(**arguments)
+    except (ValueError, ZeroDivisionError, TypeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(f"{key}: {reason}") from error

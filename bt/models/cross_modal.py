@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bt.errors import ConfigError
+from bt.models.checks import check_range
 from bt.models.gather import Reading, gather
 from bt.models.heads import init_new
 
@@ -143,8 +144,12 @@ class CoAttention(nn.Module):
         init_std: float = 0.02,
     ):
         super().__init__()
-        if layers < 1:
-            raise ConfigError(f"cross.layers={layers}: at least 1 is needed")
+        for key, value in (("width", width), ("heads", heads), ("layers", layers)):
+            check_range(f"cross.{key}", value, at_least=1)
+        check_range("cross.ffn_ratio", ffn_ratio, above=0)
+        check_range("cross.dropout", dropout, at_least=0, below=1)
+        check_range("cross.norm_eps", norm_eps, above=0)
+        check_range("cross.init_std", init_std, above=0)
         if width % heads:
             raise ConfigError(f"cross.heads={heads} does not divide cross.width={width}")
         self.width = width

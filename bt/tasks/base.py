@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from bt.data.batch import Batch
 from bt.data.draft import Draft, Needs
 from bt.models.bridgetower import BridgeTower, Encoded
+from bt.models.checks import check_range
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class Objective(nn.Module):
 
     def __init__(self, weight: float, targets: Callable[[Draft], dict[str, Tensor]], needs: Needs | None = None):
         super().__init__()
+        check_range(f"{type(self).__name__}.weight", weight, at_least=0)
         self.weight = weight
         self.targets = targets
         self.needs = needs or Needs()

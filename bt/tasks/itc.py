@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from bt.data.draft import Draft
 from bt.engine.distributed import gather_rows
+from bt.models.checks import check_range
 from bt.models.heads import ITCHead
 from bt.tasks.base import Context, Objective, Result, Shared
 
@@ -32,6 +33,8 @@ class ITC(Objective):
     head_parameters_at_base = ("temperature",)
 
     def __init__(self, context: Context, weight: float = 1.0, size: int = 256, temperature: float = 0.07):
+        check_range("ITC.size", size, at_least=1)
+        check_range("ITC.temperature", temperature, above=0)
         super().__init__(weight, no_targets)
         self.text_head = ITCHead(context.text_width, size)
         self.image_head = ITCHead(context.image_width, size)

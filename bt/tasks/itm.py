@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bt.data.draft import Draft, Needs
+from bt.errors import ConfigError
 from bt.models.bridgetower import Need
 from bt.models.heads import ITMHead
 from bt.tasks.base import Context, Objective, Result, Shared
@@ -48,6 +49,8 @@ class ITM(Objective):
     """Two-class cross-entropy on the fused [CLS] pair, mean over pairs; class 1 = match."""
 
     def __init__(self, context: Context, weight: float = 1.0, negatives: Literal["batch", "sampled"] = "batch"):
+        if negatives not in ("batch", "sampled"):
+            raise ConfigError(f"ITM.negatives={negatives}: allowed are batch, sampled")
         super().__init__(weight, ITMTargets(negatives), Needs(false_images=negatives == "sampled"))
         self.head = ITMHead(context.width)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from bt.data.batch import Texts
 from bt.data.draft import Draft
 from bt.models.bridgetower import Need
+from bt.models.checks import check_range
 from bt.models.heads import MLMHead
 from bt.tasks.base import Context, Objective, Result, Shared
 
@@ -54,6 +55,8 @@ class MLM(Objective):
     """
 
     def __init__(self, context: Context, weight: float = 1.0, probability: float = 0.15, norm_eps: float = 1e-12):
+        check_range("MLM.probability", probability, above=0, at_most=1)
+        check_range("MLM.norm_eps", norm_eps, above=0)
         tokenizer = context.tokenizer
         targets = MLMTargets(probability, tokenizer.vocab_size, tokenizer.mask_id, tuple(tokenizer.special_ids))
         super().__init__(weight, targets)

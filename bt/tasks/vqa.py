@@ -13,6 +13,7 @@ from bt.data.batch import Batch
 from bt.data.draft import Draft
 from bt.errors import DataError
 from bt.models.bridgetower import Need
+from bt.models.checks import check_range
 from bt.models.heads import ClassifierHead
 from bt.tasks.base import Context, Objective, Result, Shared
 
@@ -49,6 +50,7 @@ class VQA(Objective):
         answers = context.labels.get("answers")
         if not answers:
             raise DataError("task vqa: the index of data.dir has no label map 'answers'; convert a VQA source")
+        check_range("VQA.hidden_scale", hidden_scale, above=0)
         super().__init__(weight, VQATargets(list(answers)))
         self.answers = list(answers)
         in_width = 2 * context.width

@@ -81,7 +81,13 @@ def test_paper_presets_have_the_papers_sizes(size, layers, depth, width):
 @pytest.mark.parametrize("path", sorted(CONF.glob("encoder/*/*.yaml")) + sorted(CONF.glob("[bc]r*/*.yaml")), ids=str)
 def test_every_option_of_a_class_is_shown(path):
     shown = OmegaConf.load(path)
-    given = {"vocab_size"} if path.parent.name == "text" else {"width", "layers"} if "bridge" in path.parts else set()
+    given = (
+        {"vocab_size", "pad_id"}
+        if path.parent.name == "text"
+        else {"width", "layers"}
+        if "bridge" in path.parts
+        else set()
+    )
     options = set(inspect.signature(get_class(shown["_target_"])).parameters) - given
     assert set(shown) - {"_target_", "tokenizer"} == options
 
@@ -96,7 +102,11 @@ def test_bridge_widths_follow_the_cross_modal_layers():
     "changes, message",
     [
         ({"layers": 4}, "cross.layers=4: the bridge reads the top 4 layers of each encoder, encoder.vision has 3"),
-        ({"layers": 0}, "cross.layers=0"),
+        ({"layers": 0}, "cross.layers=0: must be at least 1"),
+        ({"heads": 0}, "cross.heads=0: must be at least 1"),
+        ({"dropout": 1.0}, "cross.dropout=1.0: must be at least 0 and below 1"),
+        ({"init_std": float("nan")}, "cross.init_std=nan: must be above 0"),
+        ({"width": "wide"}, "cross: '>=' not supported between instances of 'str' and 'int'"),
         ({"heads": 3}, "cross.heads=3 does not divide cross.width=32"),
         ({"depth": 3}, "cross: got an unexpected keyword argument 'depth'.*options are width, heads, layers"),
         ({"_target_": "bt.models.Nothing"}, "cross._target_=bt.models.Nothing is no class"),
@@ -105,6 +115,28 @@ def test_bridge_widths_follow_the_cross_modal_layers():
 def test_mistakes_name_the_key(changes, message):
     with pytest.raises(ConfigError, match=message):
         tower_of("tiny", **changes)
+
+
+class Divider(nn.Module):
+    def __init__(self, width: int, layers: int, by: int):
+        self.states = layers // by
+
+
+def test_what_a_constructor_raises_becomes_one_line_with_the_key():
+    bridge = {"_target_": f"{__name__}.Divider", "by": 0}
+    with pytest.raises(ConfigError, match="^bridge: integer division or modulo by zero$"):
+        build_tower(node("encoder", "tiny"), bridge, node("cross", "tiny"), vocab_size=40)
+
+
+def test_random_text_encoders_take_the_tokenizers_padding():
+    towers = [
+        build_tower(node("encoder", "tiny"), node("bridge", "add"), node("cross", "tiny"), vocab_size=40, pad_id=pad)
+        for pad in (3, None)
+    ]
+    assert [tower.text.pad_id for tower in towers] == [3, 1]
+    assert towers[0].text.model.embeddings.word_embeddings.padding_idx == 3
+    # RoBERTa's positions start behind the pad id.
+    assert [tower.text.max_positions for tower in towers] == [62, 64]
 
 
 def test_meter_reads_one_layer_whatever_the_depth():

@@ -256,6 +256,9 @@ def test_text_encoder_from_a_local_folder(tmp_path):
     assert fresh.model.embeddings.word_embeddings.weight.shape == (33, 20)
     with pytest.raises(ConfigError, match="51 tokens, but .* only 50"):
         HFText(str(tmp_path), vocab_size=51)
+    assert HFText(str(tmp_path), pad_id=1).pad_id == 1
+    with pytest.raises(ConfigError, match="pads with id 0, but .* was trained with 1"):
+        HFText(str(tmp_path), pad_id=0)
 
 
 @pytest.mark.parametrize(
@@ -293,6 +296,14 @@ def test_mistakes_in_the_other_encoders():
         TimmVision(heads=5)
     with pytest.raises(ConfigError, match="num_attention_heads=3 does not divide hidden_size=20"):
         HFText(config={**TEXT, "num_attention_heads": 3})
+    with pytest.raises(ConfigError, match="encoder.text.config: .*hidden_size.* expected int, got str"):
+        HFText(config={**TEXT, "hidden_size": "wide"})
+    with pytest.raises(ConfigError, match="encoder.text.dropout=-0.1: must be at least 0 and below 1"):
+        HFText(config=TEXT, dropout=-0.1)
+    with pytest.raises(ConfigError, match="encoder.vision.std=0: must be above 0"):
+        TimmVision(std=(0.2, 0, 0.2))
+    with pytest.raises(ConfigError, match="encoder.vision.heads=0: must be at least 1"):
+        TimmVision(heads=0)
     with pytest.raises(ConfigError, match="model_type"):
         HFText(config={"hidden_size": 20})
     with pytest.raises(ConfigError, match="texts of 40 tokens, the encoder has 32"):

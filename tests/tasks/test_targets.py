@@ -12,6 +12,7 @@ from bt.data.plan import Cut, PairIndex
 from bt.data.shards import ShardSet
 from bt.data.text import train_tokenizer
 from bt.data.transforms import make_transform
+from bt.errors import ConfigError
 from bt.tasks.base import Result, TaskModel
 from bt.tasks.itc import ITC
 from bt.tasks.itm import ITM, ITMTargets
@@ -54,6 +55,21 @@ def test_mlm_draws_the_papers_shares():
     assert len(random.unique()) > 0.9 * VOCABULARY and random.min() < 5, "random ids are of the whole vocabulary"
     same = [row for row in range(1, 4000) if text_rows[row] == text_rows[0]]
     assert any(not torch.equal(positions[0], positions[row]) for row in same), "each pair of a text has its own draw"
+
+
+@pytest.mark.parametrize(
+    "objective, options, message",
+    [
+        (MLM, {"probability": 0.0}, "MLM.probability=0.0: must be above 0 and at most 1"),
+        (MLM, {"probability": 15}, "MLM.probability=15: must be above 0 and at most 1"),
+        (VQA, {"weight": -1.0}, "VQA.weight=-1.0: must be at least 0"),
+        (ITC, {"temperature": 0.0}, "ITC.temperature=0.0: must be above 0"),
+        (ITM, {"negatives": "hard"}, "ITM.negatives=hard: allowed are batch, sampled"),
+    ],
+)
+def test_values_out_of_range(objective, options, message):
+    with pytest.raises(ConfigError, match=message):
+        objective(CONTEXT, **options)
 
 
 def test_a_batch_with_nothing_masked_has_no_loss():

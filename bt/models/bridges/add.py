@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from bt.models.bridges.base import Bridge
+from bt.models.checks import check_range
 from bt.models.gather import gather
 
 
@@ -15,6 +16,7 @@ class AddBridge(Bridge):
 
     def __init__(self, width: int, layers: int, norm_eps: float = 1e-5):
         super().__init__()
+        check_range("bridge.norm_eps", norm_eps, above=0)
         self.states = layers
         self.norms = nn.ModuleList(nn.LayerNorm(width, eps=norm_eps) for _ in range(layers))
 

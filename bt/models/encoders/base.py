@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bt.errors import ConfigError
+from bt.models.checks import check_range
 
 # Statistics of CLIP's training images, which the official transforms use for every encoder.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -77,8 +78,9 @@ class VisionEncoder(nn.Module):
         std: tuple[float, ...] = CLIP_STD,
     ):
         super().__init__()
-        if channels < 1:
-            raise ConfigError(f"encoder.vision.channels={channels}: at least 1 is needed")
+        check_range("encoder.vision.image_size", image_size, at_least=1)
+        check_range("encoder.vision.channels", channels, at_least=1)
+        check_range("encoder.vision.std", min(std), above=0)
         check_image_size(image_size, stride)
         self.image_size = image_size
         self.channels = channels
@@ -127,6 +129,7 @@ class TextEncoder(nn.Module):
     """Token ids to the states of the top layers.
 
     width: of the states. depth: layers that can be bridged. max_positions: longest text, in tokens.
+    vocab_size, pad_id: arguments of the constructor too, which get those of the tokenizer.
     """
 
     width: int

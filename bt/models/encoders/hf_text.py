@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
 from bt.errors import ConfigError
+from bt.models.checks import check_range
 from bt.models.encoders.base import TextEncoder
 
 
@@ -18,6 +20,7 @@ class HFText(TextEncoder):
     name: a model of the Hugging Face hub or a local folder. pretrained: load its weights; False: its configuration
     with random weights. config: {"model_type": ..., **sizes} for a model without a name, with random weights.
     vocab_size: of the tokenizer; a model with random weights takes it, a pre-trained one must have as many rows.
+    pad_id: the tokenizer's, likewise: with random weights it is taken, pre-trained ones must have been trained with it.
     dropout: of attention probabilities and hidden states; None: the model's own (RoBERTa: 0.1).
     """
 
@@ -28,6 +31,7 @@ class HFText(TextEncoder):
         config: dict[str, Any] | None = None,
         vocab_size: int | None = None,
         dropout: float | None = None,
+        pad_id: int | None = None,
     ):
         super().__init__()
         if (name is None) == (config is None):
@@ -38,14 +42,22 @@ class HFText(TextEncoder):
             raise ConfigError(
                 f"encoder.text.tokenizer has {vocab_size} tokens, but {name} only {settings.vocab_size} embeddings"
             )
+        if pretrained and pad_id is not None and pad_id != settings.pad_token_id:
+            raise ConfigError(
+                f"encoder.text.tokenizer pads with id {pad_id}, but {name} was trained with {settings.pad_token_id}"
+            )
         if not pretrained and vocab_size is not None:
             settings.vocab_size = vocab_size
+        if not pretrained and pad_id is not None:
+            settings.pad_token_id = pad_id
+        check_range("encoder.text.config.num_attention_heads", settings.num_attention_heads, at_least=1)
         if settings.hidden_size % settings.num_attention_heads:
             raise ConfigError(
                 f"encoder.text.config.num_attention_heads={settings.num_attention_heads} does not divide "
                 f"hidden_size={settings.hidden_size}"
             )
         if dropout is not None:
+            check_range("encoder.text.dropout", dropout, at_least=0, below=1)
             if not hasattr(settings, "hidden_dropout_prob"):
                 raise ConfigError(f"encoder.text.dropout: {settings.model_type} names its dropout otherwise, set null")
             settings.hidden_dropout_prob = settings.attention_probs_dropout_prob = dropout
@@ -70,6 +82,8 @@ class HFText(TextEncoder):
                 raise ConfigError(
                     f"encoder.text.config needs model_type, one that transformers knows: {error}"
                 ) from error
+            except StrictDataclassError as error:
+                raise ConfigError(f"encoder.text.config: {' '.join(str(error).split())}") from error
         try:
             return AutoConfig.from_pretrained(name)
         except (OSError, ValueError) as error:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bt.errors import ConfigError
+from bt.models.checks import check_range
 from bt.models.encoders.base import VisionEncoder
 
 
@@ -120,6 +121,9 @@ class OpenClipVision(VisionEncoder):
         if (name is None) == (architecture is None):
             raise ConfigError("encoder.vision: give either name or architecture")
         sizes = Architecture.of_name(name, pretrained) if name else Architecture.of_config(architecture)
+        for key in ("width", "layers", "patch_size", "head_width"):
+            check_range(f"encoder.vision.architecture.{key}", getattr(sizes, key), at_least=1)
+        check_range("encoder.vision.architecture.mlp_ratio", sizes.mlp_ratio, above=0)
         super().__init__(image_size, sizes.patch_size, channels)
         if sizes.width % sizes.head_width:
             raise ConfigError(

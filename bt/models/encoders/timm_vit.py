@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bt.errors import ConfigError
+from bt.models.checks import check_range
 from bt.models.encoders.base import CLIP_MEAN, CLIP_STD, VisionEncoder
 
 
@@ -61,6 +62,13 @@ class TimmVision(VisionEncoder):
                 f"encoder.vision.stem_channels and stem_strides need one entry per convolution each, "
                 f"not {len(stem_channels)} and {len(stem_strides)}"
             )
+        for key, value in (("width", width), ("layers", layers), ("heads", heads)):
+            check_range(f"encoder.vision.{key}", value, at_least=1)
+        check_range("encoder.vision.mlp_ratio", mlp_ratio, above=0)
+        check_range("encoder.vision.init_std", init_std, above=0)
+        # Half of a convolution's channels are normalised.
+        check_range("encoder.vision.stem_channels", min(stem_channels), at_least=2)
+        check_range("encoder.vision.stem_strides", min(stem_strides), at_least=1)
         if width % heads:
             raise ConfigError(f"encoder.vision.heads={heads} does not divide encoder.vision.width={width}")
         super().__init__(image_size, math.prod(stem_strides), channels, tuple(mean), tuple(std))
