@@ -61,7 +61,7 @@ def build_model(
             # A pre-trained encoder has the rows of its own configuration, which can be more than the tokenizer's.
             encoder["text"]["pretrained"], vocab_size = False, None
         encoder["vision"] = without_weights(encoder["vision"])
-    tower = build_tower(encoder, cfg.bridge, cfg.cross, vocab_size=vocab_size)
+    tower = build_tower(encoder, cfg.bridge, cfg.cross, vocab_size=vocab_size, pad_id=tokenizer.pad_id)
     if cfg.data.max_text_len > tower.text.max_positions:
         raise ConfigError(
             f"data.max_text_len={cfg.data.max_text_len}: encoder.text takes at most {tower.text.max_positions} tokens"

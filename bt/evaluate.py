@@ -4,7 +4,8 @@ python -m bt.evaluate run_dir=runs/NAME [split=val] [data.dir=...]
 python -m bt.evaluate init_from=PATH task=vqa data=easy_vqa encoder=... [split=val]
 
 With run_dir the run's own configuration holds, and what the command line says is changed in it. Prints a table and
-writes evaluation-<split>.json and, where the task makes predictions, predictions-<split>.jsonl.
+writes evaluation-<split>.json and, where the task makes predictions, predictions-<split>.jsonl: into the run directory
+or, if other data or options were asked for, below its evaluations/, so that the run's own results stay.
 """
 
 from __future__ import annotations

@@ -84,9 +84,9 @@ def check_target(node: Any, key: str, *, given: Iterable[str] = (), first_given:
 def check_model_targets(cfg: Any) -> None:
     """All `_target_` nodes of a run's configuration (bt.config.Config)."""
     check_target(cfg.encoder.vision, "encoder.vision")
-    # The tokenizer is built beside the encoder, and a trained one decides the encoder's vocabulary.
+    # The tokenizer is built beside the encoder, and decides its vocabulary and which token is padding.
     text = {k: v for k, v in cfg.encoder.text.items() if k != "tokenizer"}
-    check_target(text, "encoder.text", given=("vocab_size",))
+    check_target(text, "encoder.text", given=("vocab_size", "pad_id"))
     # One bridge per modality is made to the measure of the cross-modal layers.
     check_target(cfg.bridge, "bridge", given=("width", "layers"))
     check_target(cfg.cross, "cross")
