@@ -156,7 +156,8 @@ class ShardWriter:
 
 
 def _members(span: bytes) -> dict[str, bytes]:
-    """Member name -> data of a run of tar members as `_member` writes them, whose CRC-32 has been checked.
+    """Member name -> data of a run of tar members as `_member` writes them, whose CRC-32 has been checked. ValueError
+    for anything else.
 
     tarfile's reader would take as long as decoding a small image.
     """
@@ -165,6 +166,8 @@ def _members(span: bytes) -> dict[str, bytes]:
         name = span[at : at + 100].rstrip(b"\0").decode()
         size = int(span[at + 124 : at + 135], 8)
         at += _BLOCK
+        if at + size > len(span):
+            raise ValueError(f"member {name} is cut")
         members[name] = span[at : at + size]
         at += size + -size % _BLOCK
     return members
@@ -278,9 +281,19 @@ class ShardSet:
                 shard.name,
                 "bytes differ from the index",
             )
-        members = _members(span)
-        key = next(iter(members)).removesuffix(".json")
-        info = json.loads(members.pop(f"{key}.json"))
+        try:
+            members = _members(span)
+            key = next(iter(members)).removesuffix(".json")
+            info = json.loads(members.pop(f"{key}.json"))
+            if not isinstance(info, dict):
+                raise ValueError("not an object")
+        except (ValueError, KeyError, StopIteration):
+            raise BadSample(
+                f"{store.folder / shard.name}: sample '{self.key(number)}' is not a .json followed by its images; "
+                "convert the data again",
+                shard.name,
+                "malformed sample",
+            ) from None
         images = {name[len(key) + 1 :].rpartition(".")[0] or "image": data for name, data in members.items()}
         return Sample(key, shard.name, images, info)
 

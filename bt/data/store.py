@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import uuid
 from pathlib import Path
 
 from webdataset.gopen import gopen
@@ -40,7 +41,7 @@ class Store:
                 ) from None
             except (OSError, UnicodeDecodeError) as error:
                 raise DataError(f"cannot read {path}: {error}") from None
-        temporary = self.cache_dir / f".{name}.{os.getpid()}"
+        temporary = self.cache_dir / _temporary(name)
         self._fetch(name, temporary)
         text = temporary.read_text(encoding="utf-8", errors="replace")
         temporary.unlink()
@@ -52,10 +53,13 @@ class Store:
         path = self.folder / name
         if self.remote and not (path.exists() and path.stat().st_size == size):
             # Workers may fetch the same file at once: each writes its own and the last rename wins.
-            temporary = path.with_name(f".{name}.{os.getpid()}")
-            self._fetch(name, temporary)
-            _check_size(temporary, size, self._url(name))
-            os.replace(temporary, path)
+            temporary = path.with_name(_temporary(name))
+            try:
+                self._fetch(name, temporary)
+                _check_size(temporary, size, self._url(name))
+                os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
         _check_size(path, size, str(path))
         return path
 
@@ -73,6 +77,11 @@ class Store:
         except (OSError, ValueError, EOFError) as error:
             target.unlink(missing_ok=True)
             raise DataError(f"cannot fetch {url}: {str(error).splitlines()[0] if str(error) else error!r}") from None
+
+
+def _temporary(name: str) -> str:
+    """A name that no other process has, not even on another machine that shares the cache."""
+    return f".{name}.{uuid.uuid4().hex}"
 
 
 def _check_size(path: Path, size: int, name: str) -> None:

@@ -5,6 +5,7 @@ import pickle
 import re
 import tarfile
 import tracemalloc
+import zlib
 
 import numpy as np
 import pytest
@@ -123,9 +124,54 @@ def test_damage_is_found_when_opening(small_dir):
     fails("truncated file: .*train-000002.npy")
     table.write_bytes(bytes(len(rows)))
     fails("train-000002.npy is not a table")
-    table.write_bytes((small_dir / "train-000003.npy").read_bytes())
     table.write_bytes(rows)
     ShardSet(small_dir, "train")
+
+
+def test_the_table_of_another_shard_is_found_on_reading(small_dir):
+    """Opening cannot tell: tables of shards with as many samples have the same size."""
+    first, second = small_dir / "train-000002.npy", small_dir / "train-000003.npy"
+    one, other = first.read_bytes(), second.read_bytes()
+    first.write_bytes(other)
+    second.write_bytes(one)
+    data = ShardSet(small_dir, "train")
+    for number in range(len(data)):
+        if 20 <= number < 40:
+            with pytest.raises(BadSample, match=r"differ from the index \(CRC-32\)"):
+                data.read(number)
+        else:
+            data.read(number)
+
+
+@pytest.mark.parametrize(
+    "span",
+    [
+        shards_module._member("x.png", b"pixels"),
+        shards_module._member("x.json", b"{not json"),
+        shards_module._member("x.json", b"[1]"),
+        shards_module._member("x.json", b"\xff\xfe"),
+        shards_module._member("x.json", b"[" + b"1," * 400)[:1024],
+        bytes(1024),
+        b"",
+    ],
+    ids=["no json file", "no json", "no object", "no text", "cut", "zeros", "empty"],
+)
+def test_malformed_samples_are_bad_samples(small_dir, span):
+    """Their bytes are those of the index, so that it was written by something else."""
+    path = small_dir / "train-000001.npy"
+    table = np.load(path)
+    shard = small_dir / "train-000001.tar"
+    data = bytearray(shard.read_bytes())
+    offset = int(table["offset"][4])
+    data[offset : offset + len(span)] = span
+    shard.write_bytes(data)
+    table["size"][4], table["crc32"][4] = len(span), zlib.crc32(span)
+    np.save(path, table, allow_pickle=False)
+    opened = ShardSet(small_dir, "train")
+    with pytest.raises(BadSample, match="train-000001.tar: sample '.*' is not a .json followed by") as caught:
+        opened.read(14)
+    assert (caught.value.shard, caught.value.reason) == ("train-000001.tar", "malformed sample")
+    assert opened.read(15).key == opened.key(15)
 
 
 def test_a_table_of_other_data_is_refused(small_dir):

@@ -1,3 +1,5 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from bt.data.shards import ShardSet
@@ -18,6 +20,21 @@ def test_remote_shards_are_fetched_once(small_dir, tmp_path):
     assert names.count("train-000000.npy") == 1
     assert "train-000001.tar" not in names
     assert names.count("index.json") == 2  # so that a change at the source is seen
+
+
+def test_readers_at_once_do_not_share_a_temporary_file(small_dir, tmp_path):
+    """Many at once, as the workers of several machines on one cache: every one reads whole files."""
+    place, cache = f"pipe:cat {small_dir}/{{name}}", str(tmp_path / "cache")
+    local = ShardSet(small_dir, "val")
+    expected = [local.read(number) for number in range(len(local))]
+
+    def read(_) -> list:
+        opened = ShardSet(place, "val", cache)
+        return [opened.read(number) for number in range(len(opened))]
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(found == expected for found in pool.map(read, range(16)))
+    assert not list((tmp_path / "cache").rglob(".*"))
 
 
 def test_a_changed_source_is_fetched_anew(small_dir, data_dir, tmp_path):
@@ -41,4 +58,4 @@ def test_remote_errors_are_one_line(small_dir, tmp_path):
     truncate(small_dir / "train-000000.tar", 512)
     with pytest.raises(DataError, match="truncated file: pipe:cat .*train-000000.tar"):
         data.read(0)
-    assert not list((tmp_path / "cache").glob("*/*.tar"))
+    assert not list((tmp_path / "cache").glob("*/*.tar*")) and not list((tmp_path / "cache").rglob(".*"))
