@@ -193,22 +193,29 @@ def test_weights_from_a_file(tmp_path, name):
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
-def test_weights_from_a_torchscript_archive(tmp_path):
-    _, state = clip_file(tmp_path)
+def test_a_torchscript_archive_is_not_opened_but_can_be_converted(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    source = OpenClipVision(image_size=24, architecture=VISION)
 
     class Holder(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.visual = OpenClipVision(image_size=24, architecture=VISION).visual
-            self.visual.load_state_dict({k.removeprefix("visual."): v for k, v in state.items() if k in wanted})
+            self.visual = source.visual
 
         def forward(self, x):
             return self.visual.conv1(x)
 
-    wanted = OpenClipVision(image_size=24, architecture=VISION).state_dict()
     torch.jit.trace(Holder(), make_images(1)).save(str(tmp_path / "clip.pt"))
-    vision = OpenClipVision(pretrained=str(tmp_path / "clip.pt"), image_size=24, architecture=VISION)
-    assert all(torch.equal(tensor, state[key]) for key, tensor in vision.state_dict().items())
+    with monkeypatch.context() as patched, pytest.raises(ConfigError, match="is a TorchScript archive") as caught:
+        patched.setattr(torch.jit, "load", None)
+        OpenClipVision(pretrained=str(tmp_path / "clip.pt"), image_size=24, architecture=VISION)
+    message = str(caught.value)
+    assert "\n" not in message
+    # The line that the message gives does the conversion.
+    monkeypatch.chdir(tmp_path)
+    exec(message[message.index("save_file(") :], {"torch": torch, "save_file": save_file})
+    vision = OpenClipVision(pretrained="clip.safetensors", image_size=24, architecture=VISION)
+    assert all(torch.equal(tensor, source.state_dict()[key]) for key, tensor in vision.state_dict().items())
 
 
 def test_weights_of_another_architecture_are_named(tmp_path):

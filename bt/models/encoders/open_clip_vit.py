@@ -74,12 +74,17 @@ def fetch(name: str | None, pretrained: str) -> Path:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The image tower's tensors of a CLIP file: safetensors, a state dict, or OpenAI's TorchScript archive."""
+    """The image tower's tensors of a CLIP file: safetensors or a state dict. Nothing that a file holds is executed."""
+    if is_torchscript(path):
+        # What open_clip fetches is safetensors or a state dict, also for OpenAI's models, so this is a file given.
+        raise ConfigError(
+            f"encoder.vision.pretrained={path} is a TorchScript archive, which can hold code and is not opened; if you "
+            f"trust it, write its tensors with safetensors.torch: "
+            f"save_file(torch.jit.load('{path}', map_location='cpu').state_dict(), '{path.stem}.safetensors')"
+        )
     try:
         if path.suffix == ".safetensors":
             state = load_file(path)
-        elif is_torchscript(path):
-            state = torch.jit.load(path, map_location="cpu").state_dict()
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
             state = state.get("state_dict", state)
@@ -91,7 +96,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def is_torchscript(path: Path) -> bool:
-    """TorchScript archives hold their constants beside the data; reading one runs no Python code."""
+    """TorchScript archives hold their constants beside the data."""
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
