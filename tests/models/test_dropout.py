@@ -2,12 +2,19 @@
 
 import inspect
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from bt.models.bridgetower import BridgeTower, Need
+from bt.tasks.base import TaskModel
+from bt.tasks.itc import ITC
+from bt.tasks.itm import ITM
+from bt.tasks.mlm import MLM
+from bt.tasks.vqa import VQA
 from tests.models.towers import make_images, make_texts, make_tower
+from tests.tasks.helpers import CONTEXT, make_batch
 
 PAIRS = torch.tensor([[0, 0], [0, 1], [1, 2]])
 
@@ -47,19 +54,53 @@ def places(tower: BridgeTower) -> list[str]:
     return sorted(recorder.found)
 
 
+def text_places(prefix: str = "") -> list[str]:
+    """Of one pass of the text encoder: embeddings; attention probabilities, attention output, feed-forward output."""
+    layers = [f"{prefix}text.model.encoder.layer.{i}" for i in range(3)]
+    found = [f"{prefix}text.model.embeddings.dropout"]
+    found += [f"{layer}.{place}" for layer in layers for place in ("attention.self", "attention.output.dropout")]
+    return found + [f"{layer}.output.dropout" for layer in layers]
+
+
+def cross_places(modality: str, layer: int, prefix: str = "") -> list[str]:
+    """Of one cross-modal layer: probabilities of both attentions, and the output of each of the three sub-layers."""
+    name = f"{prefix}cross.{modality}_layers.{layer}"
+    parts = ("self_attention", "cross_attention", "ffn")
+    return [f"{name}.{part}" for part in parts[:2]] + [f"{name}.{part}.dropout" for part in parts]
+
+
+BOTH = [("text", 0), ("text", 1), ("image", 0), ("image", 1)]
+
+
 def test_places_are_those_of_the_released_code():
-    layers = [f"text.model.encoder.layer.{i}" for i in range(3)]
-    expected = ["text.model.embeddings.dropout"]
-    # Attention probabilities, attention output, feed-forward output.
-    expected += [f"{layer}.{place}" for layer in layers for place in ("attention.self", "attention.output.dropout")]
-    expected += [f"{layer}.output.dropout" for layer in layers]
-    for layer in (f"cross.{m}_layers.{i}" for m in ("text", "image") for i in range(2)):
-        # Probabilities of both attentions, and the output of each of the three sub-layers.
-        expected += [f"{layer}.self_attention", f"{layer}.cross_attention"]
-        expected += [f"{layer}.{part}.dropout" for part in ("self_attention", "cross_attention", "ffn")]
+    expected = text_places() + [place for layer in BOTH for place in cross_places(*layer)]
     found = places(make_tower(dropout=0.1).train())
     assert found == sorted(expected)
     assert len(found) == 1 + 3 * 3 + 4 * 5
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_places_of_all_objectives(training):
+    """Heads have none. The text encoder runs for the texts and for the masked ones, the cross-modal encoder three
+    times, of which MLM leaves out the last image layer; ITC adds nothing."""
+    model = TaskModel(
+        make_tower(dropout=0.1), {"mlm": MLM(CONTEXT), "itm": ITM(CONTEXT), "itc": ITC(CONTEXT), "vqa": VQA(CONTEXT)}
+    ).train(training)
+    texts = make_texts(3)
+    positions = torch.zeros_like(texts.mask)
+    positions[:, 1] = True
+    targets = {
+        "mlm": {"ids": texts.ids, "mask": texts.mask, "positions": positions, "labels": texts.ids[positions]},
+        "itm": {"pairs": PAIRS, "labels": torch.tensor([1, 1, 0])},
+        "itc": {"pair": torch.arange(3)},
+        "vqa": {"scores": torch.zeros(3, 4)},
+    }
+    with DropoutPlaces(model) as recorder:
+        model(make_batch(texts, PAIRS, targets))
+    once = [place for layer in BOTH for place in cross_places(*layer, "tower.")]
+    masked = [place for layer in BOTH[:3] for place in cross_places(*layer, "tower.")]
+    expected = 2 * text_places("tower.") + 2 * once + masked
+    assert sorted(recorder.found) == (sorted(expected) if training else [])
 
 
 def test_no_dropout_in_evaluation_and_at_rate_zero():
