@@ -115,8 +115,7 @@ def make_ours(size: Size, peer: nn.ModuleDict) -> TaskModel:
     )
     tokenizer = SimpleNamespace(vocab_size=size.vocabulary, mask_id=4, special_ids=[0, 1, 2])
     context = Context(tower.width, tower.text.width, tower.vision.width, tokenizer)
-    model = TaskModel(tower, {"mlm": MLM(context), "itm": ITM(context)})
-    model.objectives["mlm"].head.norm.eps = NORM_EPS
+    model = TaskModel(tower, {"mlm": MLM(context, norm_eps=NORM_EPS), "itm": ITM(context)})
     model.load_state_dict(from_huggingface({**peer["mlm"].state_dict(), **peer["itm"].state_dict()}))
     return model.train()
 
