@@ -1,13 +1,16 @@
 """`make demo`: pre-trains and fine-tunes a small BridgeTower on easy-VQA with the ordinary commands, and reports.
 
-    python -m bt.demo [bridge=none] [seed=1] [run_dir=runs/demo] [...]
+    python -m bt.demo [bridge=none] [seed=1] [run_dir=DIR] [...]
 
-Further key=value settings go to both training runs; run_dir is where the demo's two runs and its report go.
+key=value settings go to both training runs. run_dir is where the demo's two runs and its report go; by default
+runs/demo, with the settings in its name if there are any.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import re
 import subprocess
 import sys
 import time
@@ -70,8 +73,14 @@ def draw_questions(vqa_dir: Path, out: Path, count: int = 12) -> None:
 
 
 def main() -> None:
-    overrides = [a for a in sys.argv[1:] if not a.startswith("run_dir=")]
-    root = Path(next((a.split("=", 1)[1] for a in sys.argv[1:] if a.startswith("run_dir=")), "runs/demo"))
+    parser = argparse.ArgumentParser(prog="python -m bt.demo", description=__doc__.splitlines()[0])
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="for both training runs; run_dir=DIR: where")
+    settings = parser.parse_args().settings
+    if any(setting.startswith(("data.dir=", "init_from=", "experiment=")) for setting in settings):
+        parser.error("data.dir, init_from and experiment are the demo's own")
+    overrides = [setting for setting in settings if not setting.startswith("run_dir=")]
+    named = re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(["runs/demo", *overrides])).replace("runs-", "runs/", 1)
+    root = Path(next((setting.split("=", 1)[1] for setting in settings if setting.startswith("run_dir=")), named))
     pretrain, vqa = root / "pretrain", root / "vqa"
     seconds = {"shards": run_module("bt.convert", "source=easy_vqa", f"out_dir={DATA_DIR}")}
     seconds["pre-training"] = run_module(
@@ -81,11 +90,14 @@ def main() -> None:
         "bt.train", "experiment=easy_vqa", f"data.dir={DATA_DIR}", f"init_from={pretrain}", f"run_dir={vqa}", *overrides
     )
     report, baselines = load_json(vqa / "report.json"), load_json(BASELINES)
+    # Where a run was finished before or went on from a checkpoint, its own count is the longer one.
+    for part, run_dir in (("pre-training", pretrain), ("fine-tuning and test", vqa)):
+        seconds[part] = max(seconds[part], load_json(run_dir / "report.json")["seconds"])
     accuracy = report["metrics"]["vqa/test/score"]
     draw_questions(vqa, root / "questions.png")
     recorded = f"recorded {baselines['date']}"
     rows = [(name, value, recorded) for name, value in baselines["accuracy"].items()]
-    rows.append(("this model", accuracy, "measured just now, pre-training included"))
+    rows.append(("this model", accuracy, f"{sum(seconds.values()):.0f} s, pre-training included"))
     summary = {"accuracy": accuracy, "seconds": seconds, "baselines": baselines, "fine_tuning": report}
     (root / "report.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(f"\n{table(rows)}\n")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
 import statistics
 import time
+from collections import Counter
+from collections.abc import Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ import torch
 
 from bt.assemble import Data, build_model, find_tokenizer
 from bt.config import Config, prepare_run_dir, resolve_run_dir
+from bt.data.dataset import Loader
 from bt.data.shards import ShardSet
 from bt.engine import checkpoint, distributed, report
 from bt.engine.distributed import World
@@ -22,10 +27,11 @@ from bt.engine.loop import NonFiniteLoss, StepReport, Stopped, Trainer, evaluate
 from bt.engine.optimizer import build_optimizer, make_schedule
 from bt.engine.progress import Progress, table
 from bt.engine.tracking import Journal, Mirror
-from bt.errors import ConfigError, DataError
+from bt.errors import ConfigError, DataError, UserError
 from bt.tasks.base import TaskModel
 
 log = logging.getLogger("bt")
+DEFAULT_THREADS = torch.get_num_threads()
 
 
 class Training:
@@ -35,42 +41,55 @@ class Training:
         self.cfg, self.world = cfg, world
         self.began = time.perf_counter()
         set_numerics(cfg)
-        train_set = ShardSet(cfg.data.dir, cfg.data.train_split, cfg.data.cache_dir)
+        self.train_set = ShardSet(cfg.data.dir, cfg.data.train_split, cfg.data.cache_dir)
         self.run_dir = resolve_run_dir(cfg)
-        self.tokenizer = find_tokenizer(cfg, self.run_dir, train_set)
-        self.model = build_model(cfg, self.tokenizer, train_set.labels)
+        self.last = checkpoint.last_checkpoint(self.run_dir)
+        self.tokenizer = find_tokenizer(cfg, self.run_dir, self.train_set)
+        # Pre-trained weights that others would replace at once need not be there.
+        pretrained = self.last is None and cfg.init_from is None
+        self.model = build_model(cfg, self.tokenizer, self.train_set.labels, pretrained=pretrained)
         self.data = Data(cfg, world, self.model, self.tokenizer)
-        self.plan = self.data.plan(train_set)
-        self.train_set = train_set
+        self.plan = self.data.plan(self.train_set)
+        # Opened now, so that a split that is missing or damaged is found before the first step.
+        self.validation = self.data.evaluation(cfg.data.val_split) if self.evaluates() else None
+        self.test = self.data.evaluation(cfg.data.test_split) if cfg.eval.test else None
         steps = [self.plan.steps(cfg.trainer.epochs)] if cfg.trainer.epochs else []
         self.total_steps = min(steps + ([cfg.trainer.max_steps] if cfg.trainer.max_steps else []))
         self.best: dict[str, Any] | None = None
-        self.seconds = 0.0  # of this run, earlier starts included
-        self.pairs_per_second: list[float] = []
+        self.seconds = 0.0  # of earlier starts of this run
         self.images_seen, self.images_skipped = 0, 0
+
+    def evaluates(self) -> bool:
+        cfg = self.cfg
+        if cfg.eval.every_steps is None and cfg.eval.every_epochs is None:
+            return False
+        if cfg.task.metric.split("/")[:2] not in [[name, "val"] for name in cfg.task.objectives]:
+            allowed = ", ".join(f"{name}/val/..." for name in cfg.task.objectives)
+            raise ConfigError(f"task.metric={cfg.task.metric} is measured by no objective: allowed are {allowed}")
+        return True
 
     def prepare(self) -> None:
         """Loads weights, makes the run's directory (rank 0), and goes to the step to start from."""
-        last = checkpoint.last_checkpoint(self.run_dir)
-        if last is None and self.cfg.init_from:
-            loaded = load_weights(self.cfg.init_from, self.model, ignore_heads=self.cfg.checkpoint.ignore_heads)
-            self.say(str(loaded))
+        cfg = self.cfg
+        if self.last is None and cfg.init_from:
+            labels, ignore = self.train_set.labels, cfg.checkpoint.ignore_heads
+            self.say(str(load_weights(cfg.init_from, self.model, ignore_heads=ignore, labels=labels)))
         self.model.to(self.world.device)
-        optimizer = build_optimizer(self.model, self.cfg.optimizer)
-        schedule = make_schedule(self.cfg.optimizer, self.total_steps)
-        state = checkpoint.resume(last, self.model, optimizer) if last else {}
+        optimizer = build_optimizer(self.model, cfg.optimizer)
+        schedule = make_schedule(cfg.optimizer, self.total_steps)
+        state = checkpoint.resume(self.last, self.model, optimizer) if self.last else {}
         self.trainer = Trainer(
             self.model,
             optimizer,
             schedule,
             self.world,
-            seed=self.cfg.seed,
-            precision=self.cfg.trainer.precision,
-            grad_clip=self.cfg.trainer.grad_clip,
+            seed=cfg.seed,
+            precision=cfg.trainer.precision,
+            grad_clip=cfg.trainer.grad_clip,
         )
         # Only now, when all that was asked for has been found to fit: a mistake leaves no directory behind.
         if self.world.main:
-            prepare_run_dir(self.cfg)
+            prepare_run_dir(cfg)
             if not (self.run_dir / "tokenizer.json").exists():
                 self.tokenizer.save(self.run_dir / "tokenizer.json")
         distributed.barrier()
@@ -99,6 +118,10 @@ class Training:
             f"{'continuing' if step else 'starting'} at step {step} of {total}, "
             f"{self.plan.pairs_per_epoch:,} pairs an epoch, {self.cfg.global_batch} a step; run_dir={self.run_dir}"
         )
+        ranks, parts = self.world.size, self.plan.accumulation
+        for objective in self.model.objectives.values():
+            if note := objective.note(self.cfg.global_batch // (ranks * parts), ranks, parts):
+                self.say(note)
         mirror = self.mirror()
         self.progress = Progress(total, step, shown=self.world.main)
         try:
@@ -132,24 +155,28 @@ class Training:
         return Mirror(self.cfg.tracking, self.run_dir, self.cfg.name, report.tracking_tags(self.world.device))
 
     def on_log(self, step: StepReport) -> None:
-        self.pairs_per_second.append(step.pairs_per_second)
         self.images_seen += step.images
         self.images_skipped += sum(step.skipped.values())
-        if self.images_skipped > self.cfg.data.max_bad_share * self.images_seen:
-            raise DataError(
-                f"{self.images_skipped} of {self.images_seen} images were bad, more than data.max_bad_share="
-                f"{self.cfg.data.max_bad_share}: {', '.join(f'{k} ({n})' for k, n in step.skipped.items())}"
-            )
+        # An epoch at least, so that the first bad image of a run does not count as a share of a handful.
+        images = max(self.images_seen + self.images_skipped, len(self.plan.index.samples))
+        self.check_skipped(step.skipped, self.images_skipped, images)
         if not self.world.main:
             return
-        for reason, count in step.skipped.items():
-            log.warning(f"left out {count} images: {reason}")
         record = {"step": step.step, "epoch": round(step.epoch, 4)}
         record |= {f"{name}/train/loss": value for name, value in step.losses.items()}
         record |= {f"lr/{role}": value for role, value in step.learning_rates.items()}
         record |= {"pairs_per_second": step.pairs_per_second, "data_wait_share": step.data_wait_share}
         self.journal.append(record)
         self.progress.report(step.step, step.epoch, step.losses, step.pairs_per_second)
+
+    def check_skipped(self, reasons: Mapping[str, int], skipped: int, images: int) -> None:
+        """Says what was left out of `images`, and stops when it is too much."""
+        shown = ", ".join(f"{reason} ({count})" for reason, count in sorted(reasons.items()))
+        if skipped > self.cfg.data.max_bad_share * images:
+            share = f"more than data.max_bad_share={self.cfg.data.max_bad_share}"
+            raise DataError(f"{skipped} of {images} images are bad, {share}: {shown}")
+        if reasons and self.world.main:
+            log.warning(f"left out bad images: {shown}")
 
     def after_step(self, step: int, stop: bool) -> None:
         if self.world.main:
@@ -176,14 +203,11 @@ class Training:
 
     def evaluate(self, step: int) -> bool:
         """Evaluates on the validation split; True if it is the best so far."""
-        cfg = self.cfg
-        metrics = evaluate(
-            self.model,
-            self.data.evaluation(cfg.data.val_split),
-            self.world,
-            split="val",
-            precision=cfg.trainer.precision,
-        )
+        cfg, skipped = self.cfg, Counter()
+        self.trainer.check_finite()
+        precision = cfg.trainer.precision
+        metrics = evaluate(self.model, self.validation, self.world, split="val", precision=precision, skipped=skipped)
+        self.check_skipped(skipped, skipped.total(), self.validation.images)
         if cfg.task.metric not in metrics:
             raise ConfigError(f"task.metric={cfg.task.metric} was not measured: there are {', '.join(metrics)}")
         value = metrics[cfg.task.metric]
@@ -208,6 +232,7 @@ class Training:
                 "seconds": self.elapsed(),
                 "images_seen": self.images_seen,
                 "images_skipped": self.images_skipped,
+                "labels": self.train_set.labels,
             }
             checkpoint.save(
                 self.run_dir,
@@ -225,7 +250,6 @@ class Training:
 
     def final_metrics(self) -> dict[str, float]:
         """The metrics of the best checkpoint: validation as measured then, and the test split, once."""
-        cfg = self.cfg
         if self.best is None:
             self.say("no evaluation was asked for: the last weights are the result")
         else:
@@ -233,10 +257,11 @@ class Training:
             weights = checkpoint.read_tensors(checkpoint.best_checkpoint(self.run_dir) / "model.safetensors")
             self.model.load_state_dict(weights)
         metrics = dict(self.best["metrics"]) if self.best else {}
-        if cfg.eval.test:
-            measured, predictions = measure(
-                self.model, self.data, self.world, cfg.data.test_split, cfg.trainer.precision
-            )
+        if self.test is not None:
+            skipped: Counter = Counter()
+            precision = self.cfg.trainer.precision
+            measured, predictions = measure(self.model, self.test, self.world, "test", precision, skipped)
+            self.check_skipped(skipped, skipped.total(), self.test.images)
             metrics |= measured
             if self.world.main:
                 # A run that was killed here before has this line already.
@@ -250,13 +275,14 @@ class Training:
         counts = {role: 0 for role in ("base", "cross", "head")}
         for name, parameter in self.model.named_parameters():
             counts[self.model.parameter_role(name)] += parameter.numel()
+        speeds = [line["pairs_per_second"] for line in self.journal.records() if "pairs_per_second" in line]
         content = {
             "name": self.cfg.name,
             "metrics": metrics,
             "best_step": self.best and self.best["step"],
             "steps": self.trainer.step,
             "seconds": self.elapsed(),
-            "pairs_per_second": statistics.median(self.pairs_per_second) if self.pairs_per_second else None,
+            "pairs_per_second": statistics.median(speeds) if speeds else None,
             "parameters": {"all": sum(counts.values()), **counts},
             "world_size": self.world.size,
             **report.peak_memory(self.world.device),
@@ -267,19 +293,24 @@ class Training:
         written = report.write_report(self.run_dir, content)
         shown = [(name, value) for name, value in metrics.items()]
         shown += [("seconds", content["seconds"]), ("parameters", content["parameters"]["all"])]
-        print("\n" + table(shown, ("result of the best checkpoint", "value")) + "\n")
+        print("\n" + table(shown, (f"result of the {'best' if self.best else 'last'} checkpoint", "value")) + "\n")
         best = checkpoint.best_checkpoint(self.run_dir) or checkpoint.last_checkpoint(self.run_dir)
         mirror.finish("FINISHED", [path for path in (written, curves) if path], {"checkpoint": str(best.resolve())})
         self.say(f"finished; {written}")
 
 
 def measure(
-    model: TaskModel, data: Data, world: World, split: str, precision: str
+    model: TaskModel, batches: Loader, world: World, split: str, precision: str, skipped: Counter
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Metrics of a split as "task/split/metric", and the predictions of all ranks in the split's order."""
-    predictions: list[dict[str, Any]] = []
-    metrics = evaluate(model, data.evaluation(split), world, split=split, precision=precision, predictions=predictions)
-    return metrics, [row for rows in distributed.gather_objects(predictions) for row in rows]
+    """Metrics as "task/split/metric", and the predictions of all ranks in the split's order.
+
+    split: how it is called in the metrics' names. skipped: see evaluate.
+    """
+    made: list[list[dict[str, Any]]] = []
+    metrics = evaluate(model, batches, world, split=split, precision=precision, predictions=made, skipped=skipped)
+    # Rank r had the batches r, r + ranks, ...
+    rounds = zip_longest(*distributed.gather_objects(made), fillvalue=[])
+    return metrics, [row for batches_of_round in rounds for batch in batches_of_round for row in batch]
 
 
 def write_predictions(path: Path, predictions: list[dict[str, Any]]) -> None:
@@ -290,14 +321,13 @@ def write_predictions(path: Path, predictions: list[dict[str, Any]]) -> None:
 
 
 def set_numerics(cfg: Config) -> None:
-    if cfg.trainer.threads:
-        torch.set_num_threads(cfg.trainer.threads)
+    """Everything is set, whatever a run before in the same process (a sweep) has left."""
+    torch.set_num_threads(cfg.trainer.threads or DEFAULT_THREADS)
     torch.set_float32_matmul_precision(cfg.trainer.matmul_precision)
-    if cfg.trainer.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-        # Without this every new tensor would be filled with NaN first, which costs time and changes no result.
-        torch.utils.deterministic.fill_uninitialized_memory = False
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic products need on a GPU
+    torch.use_deterministic_algorithms(cfg.trainer.deterministic)
+    # Else every new tensor would be filled with NaN first, which costs time and changes no result.
+    torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def train(cfg: Config) -> float | None:
@@ -314,5 +344,9 @@ def train(cfg: Config) -> float | None:
                 log.info(f"already finished: {finished}")
             return metrics.get(cfg.task.metric)
         return Training(cfg, world).run()
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise UserError(f"no space left on the disk of {error.filename or run_dir}") from error
     finally:
         distributed.leave()

@@ -123,14 +123,25 @@ def test_run_dir_that_cannot_be_written(command, few_dir, tmp_path):
     one_line(command(*RUN, f"data.dir={few_dir}", "run_dir=file/run"), "run_dir=file/run", "cannot be written")
 
 
-def test_loss_that_becomes_nan(command, few_dir, tmp_path):
+@pytest.mark.parametrize("evaluations", ["eval.every_epochs=null", "eval.every_steps=1"])
+def test_loss_that_becomes_nan(command, few_dir, tmp_path, evaluations):
     result = command(
         *RUN, f"data.dir={few_dir}", "run_dir=run", "optimizer.lr=1e38", "optimizer.warmup=2", "trainer.max_steps=9",
-        "trainer.grad_clip=null", "checkpoint.every_steps=1", "eval.every_epochs=null",
+        "trainer.grad_clip=null", "checkpoint.every_steps=1", evaluations,
     )  # fmt: skip
     good = checkpoint.last_checkpoint(tmp_path / "run")
     one_line(result, "not finite", "step", f"last good checkpoint: run/checkpoints/{good.name}")
     assert all(value.isfinite().all() for value in checkpoint.read_tensors(good / "model.safetensors").values())
+
+
+def test_metric_that_no_objective_measures(command, few_dir):
+    one_line(command(*RUN, f"data.dir={few_dir}", "task.metric=itm/val/accuracy"), "task.metric", "vqa/val/...")
+
+
+def test_missing_test_split_is_found_before_the_first_step(command, few_dir, tmp_path):
+    result = command(*RUN[:-1], f"data.dir={few_dir}", "data.test_split=nope", "run_dir=run")
+    one_line(result, "no split 'nope'", "train, val, test")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs needs root")

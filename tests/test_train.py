@@ -70,6 +70,7 @@ def test_a_run_leaves_what_it_says(finished):
     assert report["peak_memory_bytes"] > 2**28 and report["git_revision"]
     assert (root / "vqa/curves.png").read_bytes()[:4] == b"\x89PNG"
     assert "vqa/test/score" in second.stdout
+    assert "itc: 7 negatives per pair, of micro-batches of 8 on 1 ranks (" in first.stdout
     assert "new heads: vqa; heads in the checkpoint that are not used: mlm, itm, itc" in second.stdout
 
 
@@ -148,15 +149,37 @@ def test_going_on_after_sigkill_is_exact(tmp_path, few_dir):
         assert all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_sigterm_saves_the_running_step(tmp_path, few_dir):
-    settings = ["experiment=easy_vqa", f"data.dir={few_dir}", *FAST, "trainer.max_steps=2000", "eval.test=false"]
-    process = start("bt.train", *settings, f"run_dir={tmp_path}/run")
+def test_sigterm_to_the_process_group_saves_the_running_step(tmp_path, few_dir):
+    """As torchrun and SLURM send it: to the loader workers too."""
+    settings = ["experiment=easy_vqa", f"data.dir={few_dir}", *FAST, "trainer.max_steps=5000", "data.workers=2"]
+    process = start("bt.train", *settings, f"run_dir={tmp_path}/run", start_new_session=True)
     path = tmp_path / "run/metrics.jsonl"
     while not path.exists() or len(path.read_text().splitlines()) < 5:
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 1 and "the same command goes on from there" in err
+    assert process.returncode == 1 and "the same command goes on from there" in err, err
     saved = json.loads((tmp_path / "run/checkpoints/last/state.json").read_text())["step"]
     assert saved == journal(tmp_path / "run")[-1]["step"]
+
+
+def test_two_ranks_run_as_one(tmp_path, few_dir):
+    """torchrun -m bt.train: losses, validation, the test's metrics and predictions in the split's order."""
+    settings = [
+        "experiment=easy_vqa", f"data.dir={few_dir}", *FAST, "encoder.text.dropout=0", "cross.dropout=0",
+        "eval.max_samples=9", "eval.batch=7", "optimizer.lr=1e-2",
+    ]  # fmt: skip
+    torchrun = ["--standalone", "--nproc-per-node=2", "-m", "bt.train"]
+    for module, arguments, name in (("bt.train", [], "one"), ("torch.distributed.run", torchrun, "two")):
+        done = run(module, *arguments, *settings, f"run_dir={tmp_path}/{name}")
+        assert done.returncode == 0, done.stderr
+    one, two = (json.loads((tmp_path / f"{name}/report.json").read_text()) for name in ("one", "two"))
+    assert two["world_size"] == 2 and two["metrics"] == pytest.approx(one["metrics"], rel=1e-4)
+    losses = [[line["vqa/train/loss"] for line in journal(tmp_path / n) if "lr/base" in line] for n in ("one", "two")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4) and len(losses[0]) == 3
+    ids = [
+        [json.loads(line)["question_id"] for line in (tmp_path / n / "predictions-test.jsonl").read_text().splitlines()]
+        for n in ("one", "two")
+    ]
+    assert ids[0] == ids[1] and len(ids[0]) > 20

@@ -38,8 +38,10 @@ class BatchDataset(Dataset):
 
 
 def _start_worker(_: int) -> None:
-    # Ctrl-C reaches the whole process group; the main process ends its workers in order.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Signals that ask a run to stop reach the whole process group (Ctrl-C, torchrun, SLURM). The main process still
+    # needs its workers to finish the step and ends them itself; if it dies, they notice.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_is(item):
@@ -69,6 +71,11 @@ class Loader:
 
     def __len__(self) -> int:
         return len(self.positions)
+
+    @property
+    def images(self) -> int:
+        """Images of the whole plan, all ranks together."""
+        return len(self._loader.dataset.plan.index.samples)
 
     def __iter__(self) -> Iterator[Batch]:
         for item in self._loader:

@@ -66,7 +66,8 @@ def save(
             _sync(temporary)
             temporary.rename(final)
             _sync(root)
-        for link in ("last", "best") if best else ("last",):
+        # `best` first: the state behind `last` names the best step, so that link must never be ahead.
+        for link in ("best", "last") if best else ("last",):
             _point(root, link, final.name)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)

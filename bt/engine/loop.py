@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from bt.data.batch import Batch
-from bt.engine.distributed import World, all_sum
+from bt.engine.distributed import World, all_sum, gather_objects
 from bt.engine.metrics import Means
 from bt.errors import UserError
 
@@ -29,10 +29,12 @@ class NonFiniteLoss(UserError):
 class Stopped(UserError):
     """A signal asked for the end; everything up to the running step is saved."""
 
+    ends_sweep = True
+
 
 @dataclass
 class StepReport:
-    """What one logging step says: its losses; speed, images and skipped images of this rank since the last one."""
+    """What one logging step says: its losses; speed, images read and images skipped by all ranks since the last one."""
 
     step: int
     epoch: float
@@ -122,11 +124,12 @@ class Trainer:
         self.step += 1
         losses /= counts.to(losses.device)
         # Looking at a loss one step late keeps the host ahead of a GPU.
-        self._check_loss()
+        self.check_loss()
         self._unchecked = self.step, [key for batch in micro_batches for key in batch.keys], losses
         return losses, bool(agreed[-1])
 
-    def _check_loss(self) -> None:
+    def check_loss(self) -> None:
+        """Raises NonFiniteLoss if the loss of the last step is NaN or infinite; waits for that step."""
         if self._unchecked is None:
             return
         (step, keys, losses), self._unchecked = self._unchecked, None
@@ -136,8 +139,8 @@ class Trainer:
             raise NonFiniteLoss(f"the loss of {', '.join(bad)} is not finite at step {step}; images: {shown}")
 
     def check_finite(self) -> None:
-        """Raises NonFiniteLoss if the last loss or a weight is NaN or infinite; before anything is saved."""
-        self._check_loss()
+        """Raises NonFiniteLoss if the last loss or a weight is NaN or infinite."""
+        self.check_loss()
         for name, parameter in self.model.named_parameters():
             if not torch.isfinite(parameter).all():
                 raise NonFiniteLoss(f"{name} is not finite after step {self.step}")
@@ -196,7 +199,9 @@ def fit(
                 skipped.update(batch.skipped)
             losses, stopping = trainer.train_step(micro_batches, bool(stop.name))
             if trainer.step % log_every == 0 or trainer.step == total_steps:
+                trainer.check_loss()
                 values = all_sum(losses.clone()).tolist()
+                counts = gather_objects((images, skipped))
                 elapsed = max(time.perf_counter() - mark, 1e-9)
                 report = StepReport(
                     step=trainer.step,
@@ -205,8 +210,8 @@ def fit(
                     learning_rates=trainer.learning_rates(),
                     pairs_per_second=(trainer.step - mark_step) * global_batch / elapsed,
                     data_wait_share=waited / elapsed,
-                    images=images,
-                    skipped=dict(skipped),
+                    images=sum(read for read, _ in counts),
+                    skipped=dict(sum((left_out for _, left_out in counts), Counter())),
                 )
                 on_log(report)
                 waited, mark, mark_step, images, skipped = 0.0, time.perf_counter(), trainer.step, 0, Counter()
@@ -223,15 +228,20 @@ def evaluate(
     *,
     split: str,
     precision: str = "fp32",
-    predictions: list[dict] | None = None,
+    predictions: list[list[dict]] | None = None,
+    skipped: Counter | None = None,
 ) -> dict[str, float]:
     """Means over a split as {"task/split/metric": value}; every rank calls it with its share of the batches.
 
-    predictions: this rank's predictions are appended to it.
+    predictions: a list of this rank's predictions is appended for every batch. skipped: the images that were left out
+    because they were bad are added to it, by reason, of all ranks.
     """
     model.eval()
     means = Means(world.device)
+    left_out: Counter = Counter()
     for batch in batches:
+        left_out.update(batch.skipped)
+        made: list[dict] = []
         with autocast(world.device, precision):
             results = model(batch.to(world.device))
         for name, result in results.items():
@@ -242,5 +252,9 @@ def evaluate(
                 values, weights = values if isinstance(values, tuple) else (values, 1.0)
                 means.add(f"{name}/{split}/{metric}", values, weights)
             if predictions is not None:
-                predictions += model.objectives[name].predictions(batch, result)
+                made += model.objectives[name].predictions(batch, result)
+        if predictions is not None:
+            predictions.append(made)
+    if skipped is not None:
+        skipped.update(sum(gather_objects(left_out), Counter()))
     return means.compute()

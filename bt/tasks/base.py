@@ -85,6 +85,10 @@ class Objective(nn.Module):
     def forward(self, shared: Shared, targets: dict[str, Tensor]) -> Result:
         raise NotImplementedError
 
+    def note(self, pairs: int, ranks: int, accumulation: int) -> str | None:
+        """What a user should know of this objective at `accumulation` micro-batches of `pairs` pairs on each rank."""
+        return None
+
     def predictions(self, batch: Batch, result: Result) -> list[dict[str, Any]]:
         """One JSON object per prediction of an evaluated batch; none by default."""
         return []

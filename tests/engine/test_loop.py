@@ -1,5 +1,7 @@
 """The training step and the evaluation loop."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -87,16 +89,17 @@ def test_schedule_and_clipping():
 
 
 def test_dropout_depends_on_seed_step_and_rank_alone():
-    def draws(step: int, rank: int) -> float:
+    def draws(step: int, rank: int, seed: int = 0) -> float:
         model = Model(a=1.0)
         run = trainer(model)
+        run.seed = seed
         run.step, run.world = step, World(rank, 1, torch.device("cpu"))
         torch.manual_seed(np.random.randint(1 << 30))
         run.train_step([make_batch(a=([1.0], [0.0]))])
         return torch.rand(()).item()
 
     assert draws(3, 0) == draws(3, 0)
-    assert len({draws(3, 0), draws(4, 0), draws(3, 1)}) == 3
+    assert len({draws(3, 0), draws(4, 0), draws(3, 1), draws(3, 0, seed=1)}) == 4
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_images():
@@ -119,13 +122,15 @@ def test_weights_that_are_not_finite_are_not_saved():
 
 def test_evaluation_means_are_over_all_terms():
     model = Model(a=1.0)
-    predictions = []
+    predictions, skipped = [], Counter()
     batches = [make_batch(a=([1.0, 2.0], [0.0, 0.0])), make_batch(a=([3.0], [0.0]))]
-    metrics = evaluate(model, batches, ALONE, split="val", predictions=predictions)
+    batches[0].skipped, batches[1].skipped = {"a.tar: bad": 2}, {"a.tar: bad": 1, "b.tar: worse": 1}
+    metrics = evaluate(model, batches, ALONE, split="val", predictions=predictions, skipped=skipped)
     assert metrics == pytest.approx(
         {"a/val/error": 56 / 3, "a/val/loss": 56 / 3, "a/val/weighted": (4 + 16 * 2 + 36 * 3) / 6}
     )
-    assert predictions == [{"error": 4.0}, {"error": 16.0}, {"error": 36.0}]
+    assert predictions == [[{"error": 4.0}, {"error": 16.0}], [{"error": 36.0}]]
+    assert skipped == {"a.tar: bad": 3, "b.tar: worse": 1}
     assert not model.training
 
 
