@@ -1,6 +1,6 @@
 """The same work on `bt` and on transformers' BridgeTower classes, with the same random weights and inputs.
 
-transformers' classes are run as their users run them: one image per text, and one forward pass of a class per objective.
+transformers' classes are run as their users run them: one image per text, one forward pass of a class per objective.
 Dropout is 0 on both sides, so that losses and gradients can be compared before anything is timed.
 """
 
