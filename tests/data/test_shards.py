@@ -40,7 +40,7 @@ def test_samples_are_the_raw_files(train_set, raw):
 
 def test_counts_are_those_of_the_json(train_set):
     captions, questions = train_set.counts("captions"), train_set.counts("questions")
-    assert (captions.sum(), questions.sum()) == (21766, 34676)
+    assert (captions.sum(), questions.sum()) == (11279, 34676)
     for number in range(0, 3600, 97):
         info = train_set.read(number).info
         assert (captions[number], questions[number]) == (len(info["captions"]), len(info["questions"]))

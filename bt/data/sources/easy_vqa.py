@@ -22,13 +22,14 @@ from bt.errors import DataError
 
 HELD_OUT_EVERY = 10  # images of the training part whose id divides by this make the validation split
 
-# Question -> statement that is true if the answer is "yes".
+# Question -> statement that is true if the answer is "yes"; None: of the kind that makes no caption.
 _YES = [
-    (re.compile(r"is there not (.+)\?"), r"there is not \1"),
+    (re.compile(r"is there not (.+)\?"), None),
     (re.compile(r"is there (.+)\?"), r"there is \1"),
     (re.compile(r"does the image contain (.+)\?"), r"the image contains \1"),
-    (re.compile(r"does the image not contain (.+)\?"), r"the image does not contain \1"),
-    (re.compile(r"is (a|no) (.+) present\?"), r"\1 \2 is present"),
+    (re.compile(r"does the image not contain (.+)\?"), None),
+    (re.compile(r"is a (.+) present\?"), r"a \1 is present"),
+    (re.compile(r"is no (.+) present\?"), None),
 ]
 # Question -> statement that is true with its answer in the place of {}, and what kind of answer it asks for.
 _OPEN = [
@@ -43,16 +44,18 @@ QUESTION_TYPES = ["yes/no", "color", "shape"]
 
 
 def statement(question: str, answer: str) -> tuple[str, str | None]:
-    """The question's type and the true statement that question and answer make, None for the answer "no".
+    """The question's type and the statement of what is in the image that question and answer make, None if none.
 
     "is there a blue circle?" + "yes" -> "there is a blue circle"; "what color is the shape?" + "teal" -> "the shape is
-    teal". DataError if the question is none of the data set's templates.
+    teal". The answer "no" makes none, nor does a negated question: what is not in an image is not in most others
+    either, so that hardly a false image could be told from the true one.
+    DataError if the question is none of the data set's templates.
     """
     for pattern, template in _YES:
         if found := pattern.fullmatch(question):
             if answer not in ("yes", "no"):
                 break
-            return "yes/no", found.expand(template) if answer == "yes" else None
+            return "yes/no", found.expand(template) if template and answer == "yes" else None
     for pattern, template, kind in _OPEN:
         if found := pattern.fullmatch(question):
             return kind, found.expand(template).format(answer)
@@ -64,9 +67,9 @@ class EasyVQA(Source):
     """raw_dir: the package's folder; null finds the installed package.
 
     Splits: `test` is the package's; of its training images those whose id divides by ten (400 of 4,000) are `val`, the
-    rest `train`. A sample has `questions` and, made from its own true statements (see `statement`), `captions`, each
-    once, in the order of the questions; eight images (three of `train`, five of `test`) have no true statement and so
-    no caption. A question's id is its place in questions.json; train and val share one file.
+    rest `train`. A sample has `questions` and, made from their answers (see `statement`), `captions`, each once, in the
+    order of the questions; 121 images (81 of `train`, 6 of `val`, 34 of `test`) are asked about what is not in them
+    alone and have no caption. A question's id is its place in questions.json; train and val share one file.
     """
 
     name: str = field(init=False, default="easy_vqa")

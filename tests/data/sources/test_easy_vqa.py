@@ -8,24 +8,24 @@ from bt.data.shards import ShardSet
 from bt.data.sources.easy_vqa import EasyVQA, statement
 from bt.errors import DataError
 
-# All 24 templates of the data set, with the statement that the rule must give.
+# All 24 templates of the data set, with the statement that the rule must give; negated ones give none.
 TEMPLATES = [
     ("is there a red shape in the image?", "yes", "yes/no", "there is a red shape in the image"),
     ("is there a circle in the image?", "yes", "yes/no", "there is a circle in the image"),
     ("is there a red shape?", "yes", "yes/no", "there is a red shape"),
     ("is there a circle?", "yes", "yes/no", "there is a circle"),
-    ("is there not a red shape in the image?", "yes", "yes/no", "there is not a red shape in the image"),
-    ("is there not a circle in the image?", "yes", "yes/no", "there is not a circle in the image"),
-    ("is there not a red shape?", "yes", "yes/no", "there is not a red shape"),
-    ("is there not a circle?", "yes", "yes/no", "there is not a circle"),
+    ("is there not a red shape in the image?", "yes", "yes/no", None),
+    ("is there not a circle in the image?", "yes", "yes/no", None),
+    ("is there not a red shape?", "yes", "yes/no", None),
+    ("is there not a circle?", "yes", "yes/no", None),
     ("does the image contain a red shape?", "yes", "yes/no", "the image contains a red shape"),
     ("does the image contain a circle?", "yes", "yes/no", "the image contains a circle"),
-    ("does the image not contain a red shape?", "yes", "yes/no", "the image does not contain a red shape"),
-    ("does the image not contain a circle?", "yes", "yes/no", "the image does not contain a circle"),
+    ("does the image not contain a red shape?", "yes", "yes/no", None),
+    ("does the image not contain a circle?", "yes", "yes/no", None),
     ("is a red shape present?", "yes", "yes/no", "a red shape is present"),
     ("is a circle present?", "yes", "yes/no", "a circle is present"),
-    ("is no red shape present?", "yes", "yes/no", "no red shape is present"),
-    ("is no circle present?", "yes", "yes/no", "no circle is present"),
+    ("is no red shape present?", "yes", "yes/no", None),
+    ("is no circle present?", "yes", "yes/no", None),
     ("what color is the circle?", "teal", "color", "the circle is teal"),
     ("what color is the shape?", "teal", "color", "the shape is teal"),
     ("what is the color of the circle?", "teal", "color", "the color of the circle is teal"),
@@ -80,16 +80,17 @@ def test_captions_are_the_true_statements(data_dir, raw, split, part):
         assert len(set(captions)) == len(captions)
         without += not captions
         if number < 40:
-            true = [answer for _, answer, i in questions if i == image and answer != "no"]
+            own = [(question, answer) for question, answer, i in questions if i == image and answer != "no"]
+            true = [question for question, _ in own if not {"not", "no"} & set(question.split())]
             assert bool(true) == bool(captions) and len(captions) <= len(true)
         for caption in captions:
             named = vocabulary & set(caption.split())
-            negative = {"not", "no"} & set(caption.split())
+            assert not {"not", "no"} & set(caption.split())
             if len(truths.get(image, ())) == 2:  # both colour and shape are known
-                assert (not named & truths[image]) if negative else named <= truths[image]
+                assert named <= truths[image]
                 checked += 1
     assert checked > 1000
-    assert without == {"val": 0, "test": 5}[split]
+    assert without == {"val": 6, "test": 34}[split]
 
 
 def test_missing_or_broken_raw_files(small_raw, tmp_path, monkeypatch):
