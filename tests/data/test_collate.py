@@ -65,10 +65,10 @@ def test_a_batch_holds_the_raw_data(train_set, tokenizer, raw):
 
 
 def test_captions_are_strings_in_entries(train_set, tokenizer):
-    batch = maker_of(train_set, tokenizer, "captions")(cut_of([0, 1, 2]))
-    captions = train_set.read(0).info["captions"][:3]
+    batch = maker_of(train_set, tokenizer, "captions")(cut_of([0, 1]))
+    captions = train_set.read(0).info["captions"]
     assert batch.entries == [{"text": caption} for caption in captions]
-    assert batch.pairs[:, 0].tolist() == [0, 0, 0] and len(batch.images) == 1
+    assert batch.pairs[:, 0].tolist() == [0, 0] and len(batch.images) == 1
 
 
 def test_false_images_are_those_of_other_samples(train_set, tokenizer):
@@ -121,7 +121,7 @@ def test_draws_do_not_depend_on_the_slicing(train_set, tokenizer):
             keep = Keep()
             maker = maker_of(train_set, tokenizer, "captions", targets={"x": keep}, needs=[Needs(false_images=True)])
             for micro in range(accumulation):
-                cut = plan.cut(453 * accumulation + micro)  # this step crosses the end of epoch 0
+                cut = plan.cut(234 * accumulation + micro)  # this step crosses the end of epoch 0
                 batch = maker(cut)
                 rows = keep.draft.false_image_rows
                 for i in range(len(cut.pairs)):
