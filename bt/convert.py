@@ -25,6 +25,7 @@ class ConvertConfig:
     source: Any = None
     raw_dir: str | None = None
     out_dir: str | None = None
+    split: Any = None
     shard_size: int = option(1000, low=1)
     verify: str | None = None
     plugins: list[str] = option([])

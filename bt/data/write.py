@@ -11,7 +11,7 @@ from typing import Any
 from bt.data import index as index_file
 from bt.data.index import Index, ShardInfo
 from bt.data.shards import ShardWriter, write_atomic
-from bt.data.sources.base import RawSample, Source
+from bt.data.sources.base import Blob, RawSample, Slice, Source
 from bt.data.transforms import UNDECODABLE, decode
 from bt.errors import DataError
 
@@ -118,12 +118,26 @@ def _write_splits(source, out_dir, shard_size, progress, skipped: Counter[str]) 
     return {split: writer.shards for split, writer in writers.items()}
 
 
+def read_image(image: Path | Blob | Slice) -> tuple[bytes, str]:
+    """The encoded bytes and the ending of the file name; OSError if they cannot be read."""
+    if isinstance(image, Blob):
+        return image.data, image.ending
+    if isinstance(image, Slice):
+        with open(image.path, "rb") as file:
+            file.seek(image.offset)
+            data = file.read(image.size)
+        if len(data) < image.size:
+            raise OSError(f"{image.path} ends before the image does")
+        return data, image.ending
+    return image.read_bytes(), image.suffix.lower().lstrip(".")
+
+
 def _load_images(raw: RawSample, skip: Callable[[str], None]) -> dict[str, bytes] | None:
     """The original bytes by the ending of the member's name; None if one is missing or cannot be decoded."""
     images = {}
-    for name, path in raw.images.items():
+    for name, image in raw.images.items():
         try:
-            data = path.read_bytes()
+            data, ending = read_image(image)
         except OSError:
             skip("missing image")
             return None
@@ -132,6 +146,5 @@ def _load_images(raw: RawSample, skip: Callable[[str], None]) -> dict[str, bytes
         except UNDECODABLE:
             skip("image cannot be decoded")
             return None
-        ending = path.suffix.lower().lstrip(".")
         images[f"{name}.{ending}" if name else ending] = data
     return images

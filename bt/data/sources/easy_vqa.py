@@ -72,6 +72,8 @@ class EasyVQA(Source):
     alone and have no caption. A question's id is its place in questions.json; train and val share one file.
     """
 
+    splits = ("train", "val", "test")
+
     name: str = field(init=False, default="easy_vqa")
     text_fields: dict = field(init=False, default_factory=lambda: {"captions": None, "questions": "question"})
 
@@ -84,19 +86,24 @@ class EasyVQA(Source):
         return {"answers": answers, "question_types": QUESTION_TYPES}
 
     def count(self) -> int:
-        return sum(len(self._by_image(part)) for part in ("train", "test"))
+        return sum(len(images) for split, _, images in self._parts() if self.wants(split))
 
     def samples(self, skip: Callable[[str], None]) -> Iterator[RawSample]:
-        train, test = self._by_image("train"), self._by_image("test")
-        splits = (
-            ("train", "train", {i: q for i, q in train.items() if i % HELD_OUT_EVERY}),
-            ("val", "train", {i: q for i, q in train.items() if not i % HELD_OUT_EVERY}),
-            ("test", "test", test),
-        )
-        for split, part, images in splits:
+        for split, part, images in self._parts():
+            if not self.wants(split):
+                continue
             for number, questions in images.items():
                 path = self._folder() / part / "images" / f"{number}.png"
                 yield RawSample(split, f"{split}-{number:06d}", {"": path}, self._info(questions))
+
+    def _parts(self) -> list[tuple[str, str, dict[int, list[tuple[int, str, str]]]]]:
+        """Split, the package's part that it is of, and its questions by image."""
+        train, test = self._by_image("train"), self._by_image("test")
+        return [
+            ("train", "train", {i: q for i, q in train.items() if i % HELD_OUT_EVERY}),
+            ("val", "train", {i: q for i, q in train.items() if not i % HELD_OUT_EVERY}),
+            ("test", "test", test),
+        ]
 
     def _folder(self) -> Path:
         if self.raw_dir is not None:
