@@ -40,7 +40,8 @@ def alone(few_dir):
 def assert_same(found: dict, losses, weights):
     assert torch.allclose(found["losses"], losses, rtol=1e-6, atol=0), (found["losses"], losses)
     for key, value in weights.items():
-        assert (found[key] - value).norm() <= 1e-6 * value.norm(), key
+        # Biases start at 0: after three steps they are not much more than the rounding of what they were added up from.
+        assert (found[key] - value).norm() <= 1e-6 * value.norm() + 2e-8, key
 
 
 def test_two_ranks_train_as_one(alone, few_dir, tmp_path):
