@@ -7,12 +7,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from hydra.utils import get_class
 
 from bt.config import Config
 from bt.data.collate import BatchMaker
 from bt.data.dataset import Loader, eval_loader, train_loader
+from bt.data.mix import MixedPlan
 from bt.data.plan import EvalPlan, PairIndex, TrainPlan, choose_samples
 from bt.data.shards import ShardSet
 from bt.data.text import Tokenizer, load_tokenizer, make_tokenizer
@@ -111,7 +113,7 @@ class Data:
             on_bad_sample=self.cfg.data.on_bad_sample,
         )
 
-    def plan(self, shards: ShardSet) -> TrainPlan:
+    def plan(self, shards: ShardSet) -> TrainPlan | MixedPlan:
         data, world = self.cfg.data, self.world
         per_rank, remainder = divmod(self.cfg.global_batch, world.size)
         micro = self.cfg.trainer.micro_batch or max(per_rank, 1)
@@ -124,20 +126,23 @@ class Data:
                 f"trainer.micro_batch={micro}: the nearest that are: {nearest}"
             )
         chosen = choose_samples(len(shards), data.fraction, data.max_samples)
-        return TrainPlan(
-            PairIndex(shards.counts(self.cfg.task.texts), chosen),
-            shards.starts,
-            seed=self.cfg.seed,
-            global_batch=self.cfg.global_batch,
-            world=world.size,
-            rank=world.rank,
-            accumulation=per_rank // micro,
-            texts_per_image=data.texts_per_image,
-            order=data.order,
-            shuffle_shards=data.shuffle_shards,
-        )
+        counts = shards.counts(self.cfg.task.texts)
+        index = PairIndex(counts, chosen)
+        draw = {"seed": self.cfg.seed, "global_batch": self.cfg.global_batch}
+        share = {"world": world.size, "rank": world.rank, "accumulation": per_rank // micro}
+        order = {
+            "texts_per_image": data.texts_per_image,
+            "order": data.order,
+            "shuffle_shards": data.shuffle_shards,
+        }
+        if data.weights is None:
+            return TrainPlan(index, shards.starts, **draw, **share, **order)
+        edges = np.searchsorted(chosen, shards.parts)
+        parts = [PairIndex(counts, chosen[a:b]) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+        plans = [TrainPlan(part, shards.starts, **draw, **order) for part in parts]
+        return MixedPlan(index, plans, data.weights, **draw, **share)
 
-    def train(self, shards: ShardSet, plan: TrainPlan, start_step: int, total_steps: int) -> Loader:
+    def train(self, shards: ShardSet, plan: TrainPlan | MixedPlan, start_step: int, total_steps: int) -> Loader:
         data = self.cfg.data
         return train_loader(
             plan,
@@ -149,9 +154,9 @@ class Data:
             pin_memory=self.world.device.type == "cuda",
         )
 
-    def evaluation(self, split: str) -> Loader:
+    def evaluation(self, split: str | list[str]) -> Loader:
         data, world = self.cfg.data, self.world
-        shards = ShardSet(data.dir, split, data.cache_dir)
+        shards = ShardSet(data.dir, split, data.cache_dir, each=False)
         chosen = choose_samples(len(shards), most=self.cfg.eval.max_samples)
         index = PairIndex(shards.counts(self.cfg.task.texts), chosen)
         plan = EvalPlan(index, seed=EVALUATION_SEED, batch=self.cfg.eval.batch, world=world.size, rank=world.rank)

@@ -94,7 +94,7 @@ def evaluate_weights(cfg: Config, world: World, weights: Path, split: str, out_d
     # Metrics call the splits by their part in the run, whatever the data set calls them.
     parts = {"train": cfg.data.train_split, "val": cfg.data.val_split, "test": cfg.data.test_split}
     where = parts.get(split, split)
-    shards = ShardSet(cfg.data.dir, where, cfg.data.cache_dir)
+    shards = ShardSet(cfg.data.dir, where, cfg.data.cache_dir, each=False)
     # The ids that the weights know, whatever a tokenizer of that name gives by now, and off the network.
     if weights.with_name("tokenizer.json").is_file() or cfg.encoder.text["tokenizer"]["kind"] == "trained":
         tokenizer = tokenizer_of(weights)

@@ -42,9 +42,10 @@ class TaskConfig:
 @dataclass
 class DataConfig:
     dir: Any = MISSING
-    train_split: str = "train"
-    val_split: str = "val"
-    test_split: str = "test"
+    train_split: Any = "train"
+    val_split: Any = "val"
+    test_split: Any = "test"
+    weights: list[float] | None = option(None, above=0)
     texts_per_image: int | None = option(None, low=1)
     max_samples: int | None = option(None, low=1)
     fraction: float = option(1.0, above=0, high=1)
@@ -189,6 +190,13 @@ def check_run(cfg: Config) -> None:
     dirs = cfg.data.dir if isinstance(cfg.data.dir, list) else [cfg.data.dir]
     if not dirs or not all(isinstance(entry, str) and entry for entry in dirs):
         raise ConfigError(f"data.dir={cfg.data.dir} must be a directory or a list of directories")
+    for key in ("train_split", "val_split", "test_split"):
+        splits = getattr(cfg.data, key)
+        splits = splits if isinstance(splits, list) else [splits]
+        if not splits or not all(isinstance(name, str) and name for name in splits):
+            raise ConfigError(f"data.{key}={getattr(cfg.data, key)} must be a split or a list of splits")
+    if cfg.data.weights is not None and len(cfg.data.weights) != len(dirs):
+        raise ConfigError(f"data.weights={cfg.data.weights} needs one weight for each of the {len(dirs)} in data.dir")
     if cfg.trainer.epochs is None and cfg.trainer.max_steps is None:
         raise ConfigError("trainer.epochs and trainer.max_steps are both null: one of them must be given")
     warmup = cfg.optimizer.warmup

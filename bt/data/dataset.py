@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from bt.data.batch import Batch
 from bt.data.collate import BatchMaker
+from bt.data.mix import MixedPlan
 from bt.data.plan import EvalPlan, TrainPlan
 from bt.data.shards import BadSample
 from bt.errors import DataError, UserError
@@ -27,7 +28,7 @@ class _Failure:
 class BatchDataset(Dataset):
     """Position in a plan -> batch. Map style: a batch depends on its position alone, so workers do not matter."""
 
-    def __init__(self, plan: TrainPlan | EvalPlan, maker: BatchMaker):
+    def __init__(self, plan: TrainPlan | MixedPlan | EvalPlan, maker: BatchMaker):
         self.plan, self.maker = plan, maker
 
     def __getitem__(self, position: int) -> Batch | _Failure:
@@ -85,7 +86,7 @@ class Loader:
 
 
 def train_loader(
-    plan: TrainPlan,
+    plan: TrainPlan | MixedPlan,
     maker: BatchMaker,
     *,
     start_step: int,

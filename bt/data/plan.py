@@ -125,14 +125,20 @@ class TrainPlan:
         step, micro = divmod(position, self.accumulation)
         size = self.global_batch // (self.world * self.accumulation)
         offset = (self.rank * self.accumulation + micro) * size
-        epochs, places = np.divmod(step * self.global_batch + offset + np.arange(size), self.pairs_per_epoch)
-        pairs = np.empty(size, np.int64)
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            pairs[here] = self.epoch_order(int(epoch))[places[here]]
+        begin = step * self.global_batch + offset
+        pairs, epochs = self.span(begin, begin + size)
         # Over the whole step, so that the labels do not depend on how ranks share it.
         match = draws.generator(self.seed, "match", step).permutation(self.global_batch) < self.global_batch // 2
         return Cut(pairs, epochs, match[offset : offset + size])
+
+    def span(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """Pair numbers and epochs at the places [begin, end) of the stream."""
+        epochs, places = np.divmod(np.arange(begin, end), self.pairs_per_epoch)
+        pairs = np.empty(len(places), np.int64)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            pairs[here] = self.epoch_order(int(epoch))[places[here]]
+        return pairs, epochs
 
     def epoch_order(self, epoch: int) -> np.ndarray:
         """(pairs_per_epoch,) pair numbers in the order of an epoch; the two last used are kept."""

@@ -186,29 +186,47 @@ def load_table(store: Store, shard: ShardInfo, text_fields: Sequence[str]) -> np
 
 
 class ShardSet:
-    """The samples of one split in one or more data sets, numbered in file order, read at any position.
+    """The samples of a split (or several) in one or more data sets, numbered in file order, read at any position.
 
     Raises DataError when opened if an index, table or shard is missing, cut or of another version; shards of a remote
     data set are checked when they are first read. What is held is 16 bytes a sample and 4 for each text field; a fork
     shares them.
 
-    starts: (shards + 1,) int64, the first sample of each shard. labels: label maps by name.
+    A data set need not have all of the named splits; with `each`, it must have one of them.
+
+    starts: (shards + 1,) int64, the first sample of each shard. parts: (data sets + 1,) int64, the first sample of
+    each data set, in the order of `places`. labels: label maps by name.
     text_fields: see Index; only those that every data set has.
     """
 
-    def __init__(self, places: str | Sequence[str], split: str, cache_dir: str | None = None):
-        self.split = split
+    def __init__(
+        self,
+        places: str | Sequence[str],
+        split: str | Sequence[str],
+        cache_dir: str | None = None,
+        each: bool = True,
+    ):
+        self.splits = [split] if isinstance(split, str) else list(split)
         self.labels: dict[str, list[str]] = {}
         self.text_fields: dict[str, str | None] = {}
         self._shards: list[tuple[Store, ShardInfo]] = []
         tables: list[np.ndarray] = []
-        for number, place in enumerate([places] if isinstance(places, str | Path) else places):
+        found: list[str] = []
+        shards_before = [0]
+        for place in [places] if isinstance(places, str | Path) else places:
             store = Store(place, cache_dir)
             data_set = index_file.parse(store.read_index(index_file.NAME), store.place)
-            tables += self._open(store, data_set, first=number == 0)
+            found.append(f"{store.place} has {', '.join(data_set.splits) or 'no split'}")
+            if each and not any(data_set.splits.get(name) for name in self.splits):
+                raise DataError(f"no split '{' or '.join(self.splits)}': {found[-1]}")
+            tables += self._open(store, data_set)
+            shards_before.append(len(self._shards))
         if not self._shards:
-            raise DataError("data.dir names no data set")
+            raise DataError(
+                f"no split '{' or '.join(self.splits)}': {'; '.join(found) or 'data.dir names no data set'}"
+            )
         self.starts = np.cumsum([0] + [shard.samples for _, shard in self._shards])
+        self.parts = self.starts[shards_before]
         self._spans = np.concatenate([table[["offset", "size", "crc32"]] for table in tables]).astype(_SPAN)
         self._counts = {
             field: np.concatenate([table[f"texts.{field}"].astype(np.int32) for table in tables])
@@ -216,20 +234,22 @@ class ShardSet:
         }
         self._files: OrderedDict[int, int] = OrderedDict()
 
-    def _open(self, store: Store, data_set: Index, first: bool) -> list[np.ndarray]:
-        """Check a data set and list its shards; returns their tables."""
-        if not data_set.splits.get(self.split):
-            raise DataError(f"{store.place} has no split '{self.split}': it has {', '.join(data_set.splits) or 'none'}")
+    def _open(self, store: Store, data_set: Index) -> list[np.ndarray]:
+        """Check a data set and list its shards of these splits; returns their tables."""
+        shards = [shard for name in self.splits for shard in data_set.splits.get(name, ())]
+        if not shards:
+            return []
         for name, values in data_set.labels.items():
             if self.labels.setdefault(name, values) != values:
                 raise DataError(f"{store.place}: its labels '{name}' differ from those of the other data in data.dir")
         fields = data_set.text_fields
-        self.text_fields = dict(fields) if first else {k: v for k, v in self.text_fields.items() if k in fields}
-        for shard in data_set.splits[self.split]:
+        held = self.text_fields if self._shards else fields
+        self.text_fields = {name: inner for name, inner in held.items() if name in fields}
+        for shard in shards:
             if not store.remote:
                 store.path(shard.name, shard.bytes)
             self._shards.append((store, shard))
-        return [load_table(store, shard, list(fields)) for shard in data_set.splits[self.split]]
+        return [load_table(store, shard, list(fields)) for shard in shards]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": OrderedDict()}
