@@ -40,8 +40,8 @@ def alone(few_dir):
 def assert_same(found: dict, losses, weights):
     assert torch.allclose(found["losses"], losses, rtol=1e-6, atol=0), (found["losses"], losses)
     for key, value in weights.items():
-        # Biases start at 0: after three steps they are not much more than the rounding of what they were added up from.
-        assert (found[key] - value).norm() <= 1e-6 * value.norm() + 2e-8, key
+        # Biases start at 0: after three steps of some 1e-3 the rounding of what cancels in them counts.
+        assert (found[key] - value).norm() <= 1e-6 * value.norm() + 1e-7, key
 
 
 def test_two_ranks_train_as_one(alone, few_dir, tmp_path):
