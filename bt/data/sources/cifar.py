@@ -89,7 +89,7 @@ class CIFAR(Source):
 
     def labels(self) -> dict[str, list[str]]:
         file, key = self.meta
-        path = inside(self.path(), self.folder) / file
+        path = inside(self.path(), self.folder, file) / file
         names = read_batch(path).get(key)
         if not isinstance(names, list) or not names:
             raise DataError(f"{path} has no list {key!r} of class names")
@@ -110,7 +110,7 @@ class CIFAR(Source):
         classes = len(self.labels()["classes"])
         for split, files in self.files.items():
             for file in files if self.wants(split) else ():
-                path = inside(self.path(), self.folder) / file
+                path = inside(self.path(), self.folder, self.meta[0]) / file
                 batch = read_batch(path)
                 pixels, labels = batch.get("data"), batch.get(self.label)
                 if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape[1:] != (_PIXELS,):

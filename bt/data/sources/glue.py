@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bt.data.sources.base import RawSample, Source
-from bt.data.sources.raw import inside, need, text_lines
+from bt.data.sources.raw import ignore, inside, need, text_lines
 from bt.errors import ConfigError, DataError
 
 
@@ -82,6 +82,11 @@ class GLUE(Source):
         classes = TASKS[self.task].classes
         return {} if classes is None else {"classes": list(classes.values())}
 
+    def count(self) -> int:
+        """Lines: at most so many samples."""
+        wanted = [split for split in self._splits() if self.wants(split)]
+        return sum(1 for split in wanted for _ in self._rows(split, self._file(split), ignore))
+
     def samples(self, skip: Callable[[str], None]) -> Iterator[RawSample]:
         wanted = [split for split in self._splits() if self.wants(split)]
         files = {split: self._file(split) for split in wanted}
@@ -99,7 +104,7 @@ class GLUE(Source):
         return [split for split in self.splits if split == "train" or (split in parts) == (self.task == "mnli")]
 
     def _folder(self) -> Path:
-        return inside(self.path(), TASKS[self.task].folder)
+        return inside(self.path(), TASKS[self.task].folder, "*train.t??")
 
     def _file(self, split: str) -> Path:
         path = self._folder() / f"{split}.tsv"

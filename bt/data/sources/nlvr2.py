@@ -18,7 +18,7 @@ from typing import Any
 
 from bt.data.sources.base import RawSample, Source
 from bt.data.sources.files import need_folder, sample_key
-from bt.data.sources.raw import inside, json_lines, need
+from bt.data.sources.raw import ignore, inside, json_lines, need
 
 _CLASSES = ["False", "True"]
 
@@ -44,7 +44,7 @@ class NLVR2(Source):
         return {"classes": _CLASSES}
 
     def count(self) -> int:
-        return sum(len(self._pairs(split, lambda reason: None)) for split in self.splits if self.wants(split))
+        return sum(len(self._pairs(split, ignore)) for split in self.splits if self.wants(split))
 
     def samples(self, skip: Callable[[str], None]) -> Iterator[RawSample]:
         wanted = [split for split in self.splits if self.wants(split)]

@@ -10,10 +10,17 @@ from typing import Any
 from bt.errors import DataError
 
 
-def inside(folder: Path, *names: str) -> Path:
-    """The folder of this name in `folder` where there is one, else `folder`: both may be given as raw_dir."""
-    inner = folder.joinpath(*names)
-    return inner if inner.is_dir() else folder
+def ignore(reason: str) -> None:
+    """A `skip` for what is counted elsewhere."""
+
+
+def inside(folder: Path, name: str, holding: str = "*") -> Path:
+    """The folder of this name in `folder`, or `folder` itself where it takes its place: both may be given as raw_dir.
+
+    holding: pattern of a file that shows that it does.
+    """
+    inner = folder / name
+    return folder if not inner.is_dir() and any(folder.glob(holding)) else inner
 
 
 def need(*paths: Path) -> None:
@@ -32,6 +39,8 @@ def text_lines(path: Path, skip: Callable[[str], None]) -> Iterator[tuple[int, s
                     yield number, line.decode("utf-8" if number else "utf-8-sig").rstrip("\r\n")
                 except UnicodeDecodeError:
                     skip("line is not utf-8")
+    except FileNotFoundError:
+        raise DataError(f"missing raw file: {path}") from None
     except OSError as error:
         raise DataError(f"cannot read the raw file {path}: {error}") from None
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from bt.data import answers as spelling
 from bt.data.sources.base import RawSample, Source
 from bt.data.sources.files import need_folder, stream_list
-from bt.data.sources.raw import inside, need
+from bt.data.sources.raw import ignore, inside, need
 from bt.errors import ConfigError
 
 FOLDER = "mscoco_flickr30k_vqav2_snli_ve"
@@ -35,12 +35,10 @@ class Annotation(NamedTuple):
     kind: str
 
 
-def _ignore(reason: str) -> None:
-    """For what is counted elsewhere."""
-
-
 def check_answers(options: Mapping[str, Any], allowed: tuple[str, ...] = spelling.NORMALISE) -> dict[str, str]:
     """The option `answers` of a source as a plain mapping; ConfigError for anything but {"normalise": ...}."""
+    if not isinstance(options, Mapping):
+        raise ConfigError(f"source.answers={options}: give source.answers.normalise")
     unknown = sorted(set(options) - {"normalise"})
     if unknown:
         raise ConfigError(f"unknown option source.answers.{unknown[0]}: there is normalise")
@@ -57,7 +55,7 @@ def annotation_files(folder: Path) -> dict[str, Path]:
     return files
 
 
-def read_annotations(path: Path, skip: Callable[[str], None] = _ignore) -> list[tuple[int, Annotation]]:
+def read_annotations(path: Path, skip: Callable[[str], None] = ignore) -> list[tuple[int, Annotation]]:
     """Question id and annotation, in the order of the file."""
     found = []
     for entry in stream_list(path, "annotations"):
@@ -117,7 +115,7 @@ class VQAv2(Source):
         for split in wanted:
             need_folder(self._folder() / _IMAGES[split])
         annotations = {
-            split: read_annotations(path, skip if split in wanted else _ignore)
+            split: read_annotations(path, skip if split in wanted else ignore)
             for split, path in self._annotation_files().items()
         }
         everyone = [annotation for split in annotations.values() for _, annotation in split]
@@ -140,7 +138,7 @@ class VQAv2(Source):
     def _questions_file(self, split: str) -> Path:
         return self._folder() / "vqav2" / f"v2_OpenEnded_mscoco_{_QUESTIONS[split]}_questions.json"
 
-    def _questions(self, split: str, skip: Callable[[str], None] = _ignore) -> Iterator[tuple[int, int, str]]:
+    def _questions(self, split: str, skip: Callable[[str], None] = ignore) -> Iterator[tuple[int, int, str]]:
         """Image id, question id and question, in the order of the file."""
         path = self._questions_file(split)
         for entry in stream_list(path, "questions"):
