@@ -65,7 +65,7 @@ def csv_rows(path: Path, delimiter: str) -> Iterator[list[str]]:
         with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             reader = csv.reader(file, delimiter=delimiter)
             try:
-                yield from filter(None, reader)
+                yield from (row for row in reader if len(row) > 1 or (row and not row[0].isspace()))
             except csv.Error as error:
                 hint = "is there a quotation mark without its partner?"
                 raise DataError(f"cannot read the raw file {path}: line {reader.line_num}: {error}; {hint}") from None

@@ -13,11 +13,12 @@ from tests.data.sources.raw_trees import (
     words,
 )
 
-# As pandas reads them: quotes are taken off, a blank line is no row, a quoted caption may span lines.
+# As pandas reads them: quotes are taken off, blank lines are no rows, a quoted caption may span lines.
 ROWS = b"""a red circle\thttp://example.org/0
 caf\xc3\xa9 in the "old" town\thttp://example.org/1
 "a sign , ""stop"" , in red"\thttp://example.org/2
 
+\x20\x20
 \xff broken\thttp://example.org/3
 "two
 lines"\thttp://example.org/4
