@@ -102,9 +102,9 @@ class ShardWriter:
         """Append a sample. images: bytes by the ending of the member ("jpg", "left.jpg"). key: letters, digits, _ -."""
         if not _KEY.fullmatch(key):
             raise DataError(f"sample key {key!r}: allowed are 1 to 64 letters, digits, '_' and '-'")
+        text = json.dumps(info, ensure_ascii=False, separators=(",", ":")).encode()
         if self._file is None:
             self._begin()
-        text = json.dumps(info, ensure_ascii=False, separators=(",", ":")).encode()
         span = _member(f"{key}.json", text) + b"".join(_member(f"{key}.{end}", data) for end, data in images.items())
         counts = [len(info.get(field, ())) for field in self.text_fields]
         self._rows.append((key.encode(), self._offset, len(span), zlib.crc32(span), *counts))

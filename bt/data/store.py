@@ -8,8 +8,6 @@ import shutil
 import uuid
 from pathlib import Path
 
-from webdataset.gopen import gopen
-
 from bt.errors import ConfigError, DataError
 
 
@@ -69,6 +67,8 @@ class Store:
         return f"{self.place.rstrip('/')}/{name}"
 
     def _fetch(self, name: str, target: Path) -> None:
+        from webdataset.gopen import gopen  # it imports torch, which takes seconds and is not needed for local data
+
         url = self._url(name)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)

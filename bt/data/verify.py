@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from bt.data import index as index_file
@@ -14,21 +14,18 @@ from bt.data.store import Store
 from bt.errors import DataError
 
 
-def verify(place: str, progress: Callable[[str], None] = lambda name: None) -> list[str]:
+def verify(place: str, progress: Callable[[list[ShardInfo]], Iterable[ShardInfo]] = lambda shards: shards) -> list[str]:
     """What is wrong with the data set in a folder, one line a fault; an empty list if nothing is.
 
     Sizes and SHA-256 of all shards and tables; where a shard differs, the samples whose CRC-32 differs are named;
     shards that the index does not know are reported. Raises DataError if there is no index to check against.
-    progress: called with the name of each shard.
+    progress: wraps the list of shards.
     """
     store = Store(place)
     data_set = index_file.parse(store.read_index(index_file.NAME), store.place)
-    faults = []
-    for shards in data_set.splits.values():
-        for shard in shards:
-            progress(shard.name)
-            faults += _shard_faults(store, shard, data_set)
-    known = {shard.name for shards in data_set.splits.values() for shard in shards}
+    shards = [shard for of_split in data_set.splits.values() for shard in of_split]
+    faults = [fault for shard in progress(shards) for fault in _shard_faults(store, shard, data_set)]
+    known = {shard.name for shard in shards}
     stray = sorted(path.name for path in Path(store.folder).glob("*.tar") if path.name not in known)
     return faults + [f"{store.folder / name} is not in the index" for name in stray]
 
