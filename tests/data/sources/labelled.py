@@ -138,3 +138,55 @@ def vgqa_tree(root: Path) -> Path:
         entries.append({"id": n, "qas": qas})
     write_json(vg / "annotations/question_answers.json", entries)
     return root
+
+
+def nlvr2_tree(root: Path) -> Path:
+    """Pairs of neighbouring images n and n + 1 with two statements each: train-<n>-0 for n = 0, 2, ... 18 in the
+    directories 0 to 4, dev-<n>-0 and test1-<n>-0 for n = 0, 2, 4; balanced and unbalanced dev hold one pair each. A
+    statement is an easy-VQA question of the left image answered by yes or no."""
+    nlvr = root / "nlvr"
+
+    def lines(split: str, numbers) -> list[dict]:
+        found = []
+        for n in numbers:
+            asked = [(q, a) for i, q, a in questions_of("train", range(n, n + 1)) if a in ("yes", "no")][:2]
+            for k, (question, answer) in enumerate(asked):
+                line = {"identifier": f"{split}-{n}-0-{k}", "sentence": question, "label": str(answer == "yes")}
+                found.append(line | ({"directory": n // 4} if split == "train" else {}))
+        return found
+
+    for split, numbers in {"train": range(0, 20, 2), "dev": range(0, 6, 2), "test1": range(0, 6, 2)}.items():
+        write_lines(nlvr / f"nlvr2/data/{split}.json", lines(split, numbers))
+        for n in numbers:
+            folder = nlvr / (f"images/train/{n // 4}" if split == "train" else split)
+            for side in (0, 1):
+                save(folder / f"{split}-{n}-0-img{side}.png", n + side)
+    write_lines(nlvr / "nlvr2/data/balanced/balanced_dev.json", lines("dev", [2]))
+    write_lines(nlvr / "nlvr2/data/unbalanced/unbalanced_dev.json", lines("dev", [4]))
+    return root
+
+
+LABELS = ("contradiction", "neutral", "entailment")
+
+
+def snli_ve_tree(root: Path) -> Path:
+    """12 images of train, 3 each of dev and test, with easy-VQA's questions as hypotheses; the third line of each file
+    has no gold label."""
+    folder = root / FOLDER
+    for split, images in {"train": range(12), "dev": range(12, 15), "test": range(15, 18)}.items():
+        lines = []
+        for n, (image, question, answer) in enumerate(questions_of("train", images)):
+            lines.append(
+                {
+                    "Flickr30K_ID": f"{1000 + image}",
+                    "captionID": f"{1000 + image}.jpg#0",
+                    "pairID": f"{1000 + image}.jpg#0r{n}",
+                    "gold_label": "-" if n == 2 else LABELS[n % 3],
+                    "sentence1": f"the answer is {answer}",
+                    "sentence2": f" {question}\n",
+                }
+            )
+        write_lines(folder / f"snli_ve/snli_ve_{split}.jsonl", lines)
+        for image in images:
+            save(folder / f"flickr30k-images/{1000 + image}.jpg", image)
+    return root
