@@ -10,6 +10,7 @@ Raw files, as in the official tree; raw_dir is the folder that holds them or the
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,7 +61,7 @@ def read_annotations(path: Path, skip: Callable[[str], None] = ignore) -> list[t
     found = []
     for entry in stream_list(path, "annotations"):
         try:
-            answers = [str(answer["answer"]) for answer in entry["answers"]]
+            answers = [sys.intern(str(answer["answer"])) for answer in entry["answers"]]  # few differ
             kind = str(entry["answer_type"])
             found.append((int(entry["question_id"]), Annotation(str(entry["multiple_choice_answer"]), answers, kind)))
         except (KeyError, TypeError, ValueError):
