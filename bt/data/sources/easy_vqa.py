@@ -92,9 +92,9 @@ class EasyVQA(Source):
         for split, part, images in self._parts():
             if not self.wants(split):
                 continue
+            folder = self._folder() / part / "images"
             for number, questions in images.items():
-                path = self._folder() / part / "images" / f"{number}.png"
-                yield RawSample(split, f"{split}-{number:06d}", {"": path}, self._info(questions))
+                yield RawSample(split, f"{split}-{number:06d}", {"": folder / f"{number}.png"}, self._info(questions))
 
     def _parts(self) -> list[tuple[str, str, dict[int, list[tuple[int, str, str]]]]]:
         """Split, the package's part that it is of, and its questions by image."""
