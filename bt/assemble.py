@@ -99,18 +99,25 @@ class Data:
         self.cfg, self.world, self.model, self.tokenizer = cfg, world, model, tokenizer
 
     def maker(self, shards: ShardSet, index: PairIndex, transform: str, seed: int) -> BatchMaker:
-        vision, objectives = self.model.tower.vision, self.model.objectives
+        vision, objectives, data = self.model.tower.vision, self.model.objectives, self.cfg.data
         return BatchMaker(
             shards,
             index,
             text_field=self.cfg.task.texts,
             tokenizer=self.tokenizer,
-            transform=make_transform(transform, vision.image_size, vision.channels),
+            transform=make_transform(
+                transform,
+                vision.image_size,
+                vision.channels,
+                randaug=data.randaug,
+                resize=data.resize,
+                decode_draft=data.decode_draft,
+            ),
             seed=seed,
-            max_text_len=self.cfg.data.max_text_len,
+            max_text_len=data.max_text_len,
             targets={name: objective.targets for name, objective in objectives.items()},
             needs=[objective.needs for objective in objectives.values()],
-            on_bad_sample=self.cfg.data.on_bad_sample,
+            on_bad_sample=data.on_bad_sample,
         )
 
     def plan(self, shards: ShardSet) -> TrainPlan | MixedPlan:

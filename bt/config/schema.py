@@ -54,6 +54,9 @@ class DataConfig:
     max_text_len: int = option(50, low=3)
     train_transform: str = "clip"
     eval_transform: str = "clip"
+    randaug: str = option("official", choices=["official", "torchvision"])
+    resize: str = option("pil", choices=["pil", "fast"])
+    decode_draft: bool = False
     workers: int = option(2, low=0)
     prefetch: int = option(4, low=1)
     on_bad_sample: str = option("fail", choices=["fail", "skip"])

@@ -24,7 +24,8 @@ class Texts:
 class Batch:
     """One micro-batch of one rank.
 
-    images: (images, channels, height, width) uint8, normalised on the device by the vision encoder.
+    images: (images, channels, height, width) uint8, channels last in memory, normalised on the device by the vision
+    encoder. A sample has a row for each way in which a random transform drew it.
     texts: the unique texts. pairs: (pairs, 2) int64, rows of `images` and of `texts` that belong together.
     image_ids: (images,) int64, the sample's number in the split, equal on all ranks, so that "the same
     image" can be told across ranks. pair_ids: (pairs,) int64, the pair's number in the split.

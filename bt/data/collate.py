@@ -16,7 +16,7 @@ from bt.data.draft import Draft, Needs
 from bt.data.plan import Cut, PairIndex
 from bt.data.shards import BadSample, Sample, ShardSet
 from bt.data.text import Tokenizer
-from bt.data.transforms import UNDECODABLE, Transform, decode
+from bt.data.transforms import UNDECODABLE, Transform, stack_images
 from bt.errors import ConfigError, DataError
 
 _TRIES = 1000  # redraws of a false image before giving up
@@ -69,14 +69,17 @@ class _Assembly:
         self.maker = maker
         self.skipped: Counter[str] = Counter()
         self.samples: dict[int, Sample | None] = {}
-        self.image_rows: dict[int, int] = {}
+        self.image_rows: dict[tuple[int, ...], int] = {}  # the first number is the sample's
         self.images: list[Tensor] = []
         self.text_rows: dict[str, int] = {}
         owners = maker.index.sample_of(cut.pairs)
-        good = np.array([self.image_row(sample) is not None for sample in owners.tolist()], bool)
+        epochs = cut.epochs.tolist()
+        rows = [self.image_row(sample, epoch) for sample, epoch in zip(owners.tolist(), epochs, strict=True)]
+        good = np.array([row is not None for row in rows], bool)
         if not good.any():
             raise DataError(f"all samples of a batch are bad: {', '.join(self.skipped)}")
         self.owners = owners[good]
+        self.own_rows = [row for row in rows if row is not None]
         self.pairs, self.epochs, self.match = cut.pairs[good], cut.epochs[good], cut.match[good]
 
     def sample(self, number: int) -> Sample | None:
@@ -94,15 +97,22 @@ class _Assembly:
         self.samples[number] = None
         self.skipped[f"{bad.shard}: {bad.reason}"] += 1
 
-    def image_row(self, number: int) -> int | None:
-        """The row of a sample's image; None if it is bad and bad ones are skipped."""
-        if number in self.image_rows:
-            return self.image_rows[number]
+    def image_row(self, number: int, epoch: int, pair: int | None = None) -> int | None:
+        """The row of a sample's image; None if it is bad and bad ones are skipped.
+
+        Random transforms draw anew in each epoch, the same for all texts of the image. As the false image of a pair it
+        is a row of its own, drawn for that pair. Both are then the same however pairs are shared out.
+        """
+        transform, pairs = self.maker.transform, () if pair is None else (pair,)
+        place = (number, epoch, *pairs) if transform.random else (number,)
+        if place in self.image_rows:
+            return self.image_rows[place]
         sample = self.sample(number)
         if sample is None:
             return None
+        rng = draws.generator(self.maker.seed, "augment", epoch, number, *pairs) if transform.random else None
         try:
-            pixels = self.maker.transform(decode(sample.images["image"]))
+            pixels = transform(sample.images["image"], rng)
         except UNDECODABLE as error:
             message = f"{sample.shard}: the image of sample '{sample.key}' cannot be decoded: {error}"
             self._drop(number, BadSample(message, sample.shard, "image cannot be decoded"))
@@ -111,7 +121,7 @@ class _Assembly:
             found = ", ".join(sample.images) or "none"
             raise DataError(f"{sample.shard}: sample '{sample.key}' has no single image (images: {found})") from None
         self.images.append(pixels)
-        return self.image_rows.setdefault(number, len(self.images) - 1)
+        return self.image_rows.setdefault(place, len(self.images) - 1)
 
     def entry(self, pair: int, owner: int) -> tuple[str, dict[str, Any]]:
         """The text of a pair and its entry in the json."""
@@ -126,8 +136,10 @@ class _Assembly:
     def uniform(self, purpose: str, n: int) -> np.ndarray:
         return draws.uniforms(self.maker.seed, purpose, self.epochs, self.pairs, n)
 
-    def draw_others(self, purpose: str, wanted: np.ndarray, usable: Callable[[int], bool]) -> np.ndarray:
+    def draw_others(self, purpose: str, wanted: np.ndarray, usable: Callable[[int, int], bool]) -> np.ndarray:
         """Pairs of other samples, uniform over the pairs of the split; -1 where `wanted` (pairs, n) is False.
+
+        usable: called with the row of a pair and the number of a sample drawn for it.
 
         The official code may draw the true image as the false one, or another text of it (base_dataset.py); here such
         a draw is repeated.
@@ -143,24 +155,27 @@ class _Assembly:
             owners = index.sample_of(candidates)
             fits = missing & (owners != self.owners[:, None])
             for place in zip(*np.nonzero(fits), strict=True):
-                fits[place] = usable(int(owners[place]))
+                fits[place] = usable(int(place[0]), int(owners[place]))
             drawn[fits] = candidates[fits]
             missing &= ~fits
         raise DataError(f"no usable other image was found in {_TRIES} draws: too few images, or too many bad ones")
 
     def false_image_rows(self) -> np.ndarray:
         """(pairs,) image rows for the pairs that do not match, -1 elsewhere."""
-        wanted = ~self.match[:, None] & self.maker.false_images
-        drawn = self.draw_others("false_image", wanted, lambda sample: self.image_row(sample) is not None)[:, 0]
-        owners = self.maker.index.sample_of(drawn)
-        return np.array(
-            [-1 if pair < 0 else self.image_rows[owner] for pair, owner in zip(drawn, owners.tolist(), strict=True)]
-        )
+        rows = np.full(len(self.pairs), -1, np.int64)
+
+        def read(at: int, sample: int) -> bool:
+            row = self.image_row(sample, int(self.epochs[at]), int(self.pairs[at]))
+            rows[at] = -1 if row is None else row
+            return row is not None
+
+        self.draw_others("false_image", ~self.match[:, None] & self.maker.false_images, read)
+        return rows
 
     def false_text_rows(self) -> np.ndarray:
         """(pairs, false_texts) text rows."""
         wanted = np.ones((len(self.pairs), self.maker.false_texts), bool)
-        drawn = self.draw_others("false_text", wanted, lambda sample: self.sample(sample) is not None)
+        drawn = self.draw_others("false_text", wanted, lambda _, sample: self.sample(sample) is not None)
         owners = self.maker.index.sample_of(drawn)
         rows = [
             self.text_row(self.entry(pair, owner)[0])
@@ -171,10 +186,10 @@ class _Assembly:
     def batch(self) -> Batch:
         owners = self.owners.tolist()
         texts = [self.entry(pair, owner) for pair, owner in zip(self.pairs.tolist(), owners, strict=True)]
-        pairs = np.array([[self.image_rows[o], self.text_row(t)] for o, (t, _) in zip(owners, texts, strict=True)])
+        pairs = np.array([[row, self.text_row(t)] for row, (t, _) in zip(self.own_rows, texts, strict=True)])
         false_images, false_texts = self.false_image_rows(), self.false_text_rows()
         entries = [entry for _, entry in texts]
-        image_ids = np.array(list(self.image_rows), np.int64)
+        image_ids = np.array([sample for sample, *_ in self.image_rows], np.int64)
         tokens = self.maker.tokenizer.batch(list(self.text_rows), self.maker.max_text_len)
         draft = Draft(
             texts=tokens,
@@ -188,13 +203,13 @@ class _Assembly:
             uniform=self.uniform,
         )
         return Batch(
-            images=torch.stack(self.images),
+            images=stack_images(self.images),
             texts=tokens,
             pairs=torch.from_numpy(pairs),
             image_ids=torch.from_numpy(image_ids),
             pair_ids=torch.from_numpy(self.pairs),
             targets={name: make(draft) for name, make in self.maker.targets.items()},
-            keys=[self.samples[number].key for number in self.image_rows],
+            keys=[self.samples[sample].key for sample, *_ in self.image_rows],
             entries=entries,
             skipped=dict(self.skipped),
         )

@@ -136,6 +136,51 @@ def test_draws_do_not_depend_on_the_slicing(train_set, tokenizer):
     assert sum(match for _, match, _ in alone.values()) == 24
 
 
+def test_augmented_images_do_not_depend_on_the_slicing(train_set, tokenizer):
+    """One rank, or three with two micro-batches: each pair has the same image, and the same false one, drawn anew in
+    each epoch and for each false image; all texts of an image share one."""
+
+    def drawn(world: int, accumulation: int) -> dict[tuple[int, int], tuple]:
+        found = {}
+        for rank in range(world):
+            index = PairIndex(train_set.counts("captions"), np.arange(12))
+            plan = TrainPlan(
+                index, train_set.starts, seed=2, global_batch=48, world=world, rank=rank, accumulation=accumulation
+            )
+            keep = Keep()
+            maker = BatchMaker(
+                train_set,
+                index,
+                text_field="captions",
+                tokenizer=tokenizer,
+                transform=make_transform("blip_randaug", 32),
+                seed=5,
+                targets={"x": keep},
+                needs=[Needs(false_images=True)],
+            )
+            step = index.size // 48  # the end of epoch 0 is in this step
+            for micro in range(accumulation):
+                cut = plan.cut(step * accumulation + micro)
+                batch = maker(cut)
+                assert len(batch.keys) == len(batch.image_ids) == len(batch.images)
+                for i in range(len(cut.pairs)):
+                    own, false = int(batch.pairs[i, 0]), int(keep.draft.false_image_rows[i])
+                    assert batch.image_ids[own] == index.sample_of(cut.pairs[i : i + 1])[0]
+                    images = [batch.images[row].numpy().tobytes() for row in (own, false) if row >= 0]
+                    found[int(cut.epochs[i]), int(cut.pairs[i])] = (int(batch.image_ids[own]), *images)
+        return found
+
+    alone = drawn(1, 1)
+    assert len(alone) == 48 and {epoch for epoch, _ in alone} == {0, 1}
+    assert drawn(3, 2) == alone
+    own = {(epoch, image): pixels for (epoch, _), (image, pixels, *_) in alone.items()}
+    assert all(own[epoch, image] == pixels for (epoch, _), (image, pixels, *_) in alone.items())
+    both = {image for _, image in own if (0, image) in own and (1, image) in own}
+    assert both and all(own[0, image] != own[1, image] for image in both)
+    false = [rest[0] for _, _, *rest in alone.values() if rest]
+    assert len(set(false)) == 24 and not set(false) & set(own.values())
+
+
 def test_draws_change_with_epoch_and_seed(train_set, tokenizer):
     marks = []
     for seed, epoch in ((5, 0), (5, 1), (6, 0)):
