@@ -13,7 +13,7 @@ matter, other columns are not read, and `caption` is another name for `text`:
     ..., split                  in each: train, val, test or another name; without it, or where it is empty, train
 
 `image` is a path from raw_dir. Rows with the same image and split make one sample; a question's or a text's `id` is
-the number of its row, from 0 behind the header.
+the number of its row, from 0 behind the header (of a JSON Lines file: of its line).
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from typing import Any
 
 from bt.data.sources.base import RawSample, Source
 from bt.data.sources.files import csv_rows, image_key, valid_utf8
+from bt.data.sources.raw import json_lines
 from bt.errors import ConfigError, DataError
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -132,10 +133,7 @@ class ImageFolderCSV(Source):
 
     def _rows(self, kind: tuple[str, ...], skip: Skip) -> Iterator[tuple[int, dict[str, str]]]:
         """Number of the row and those of its fields that are read, stripped; rows that cannot be used are left out."""
-        for number, row in enumerate(_table_rows(self._table())):
-            if isinstance(row, str):
-                skip(row)
-                continue
+        for number, row in _table_rows(self._table(), skip):
             row.setdefault("split", "")
             if not all(name in row for name in ("image", *kind)):
                 skip("line has too few fields")
@@ -180,7 +178,7 @@ def _canonical(names: Iterable[str]) -> list[str]:
 def _columns(path: Path) -> set[str]:
     """The columns of a table by their canonical names."""
     if path.suffix.lower() == ".jsonl":
-        names = next((list(row) for row in _json_rows(path) if isinstance(row, dict)), [])
+        names = next((list(row) for _, row in _table_rows(path, lambda reason: None)), [])
     else:
         names = _canonical(next(csv_rows(path, _DELIMITERS[path.suffix.lower()]), []))
     for name in ("image", "text", "question", "answer", "label", "split"):
@@ -189,40 +187,24 @@ def _columns(path: Path) -> set[str]:
     return {name for name in names if name and valid_utf8(name)}
 
 
-def _table_rows(path: Path) -> Iterator[dict[str, str] | str]:
-    """The rows by column; a string says why a row cannot be read."""
+def _table_rows(path: Path, skip: Skip) -> Iterator[tuple[int, dict[str, str]]]:
+    """Number and fields by column of each row; of a JSON Lines file, without the fields that are lists or objects."""
     if path.suffix.lower() == ".jsonl":
-        yield from _json_rows(path)
+        for number, row in json_lines(path, skip):
+            if isinstance(row, dict):
+                fields = zip(_canonical(row), row.values(), strict=True)
+                yield number, {name: _text(value) for name, value in fields if not isinstance(value, (list, dict))}
+            else:
+                skip("line is not a json object")
         return
     rows = csv_rows(path, _DELIMITERS[path.suffix.lower()])
     columns = _canonical(next(rows, []))
-    for row in rows:
+    for number, row in enumerate(rows):
         if len(row) == len(columns):
-            yield dict(zip(columns, row, strict=True))
+            yield number, dict(zip(columns, row, strict=True))
         else:
-            yield "line has too few fields" if len(row) < len(columns) else "line has too many fields"
+            skip("line has too few fields" if len(row) < len(columns) else "line has too many fields")
 
 
-def _json_rows(path: Path) -> Iterator[dict[str, str] | str]:
-    """As _table_rows. Lists and objects count as missing, null as empty."""
-    with open(path, "rb") as file:
-        for line in filter(bytes.strip, file):
-            try:
-                row = json.loads(line.decode("utf-8-sig"))
-            except UnicodeDecodeError:
-                yield "line is not utf-8"
-            except ValueError:
-                yield "line is not json"
-            else:
-                yield _json_row(row) if isinstance(row, dict) else "line is not a json object"
-
-
-def _json_row(row: dict[str, Any]) -> dict[str, str]:
-    texts = {name: _text(value) for name, value in zip(_canonical(row), row.values(), strict=True)}
-    return {name: text for name, text in texts.items() if text is not None}
-
-
-def _text(value: Any) -> str | None:
-    if isinstance(value, (list, dict)):
-        return None
+def _text(value: Any) -> str:
     return value if isinstance(value, str) else "" if value is None else json.dumps(value)

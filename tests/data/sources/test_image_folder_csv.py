@@ -72,7 +72,7 @@ def test_questions_from_jsonl_to_a_batch(raw, tmp_path):
         {"image": photo(4), "question": "where?", "answer": None, "split": "test"},
     ]
     more = [{"image": photo(1), "question": "and?", "answer": ""}, *tests]
-    put(raw / "sub/own.jsonl", "\n\n".join(json.dumps(row) for row in [*rows, *more]))
+    put(raw / "sub/own.jsonl", "\n".join(json.dumps(row) for row in [*rows, *more]))
     source = ImageFolderCSV(str(raw), file="sub/own.jsonl", min_answer_count=3)
     index, _ = convert(source, tmp_path / "out")
     rare = sum(row["answer"] not in kept for row in rows)
@@ -110,13 +110,15 @@ def test_labelled_texts_from_tsv(raw, tmp_path):
     ("labels", "classes", "numbers"),
     [(["10", "9", "2"], ["2", "9", "10"], [2, 1, 0]), (["cat", "10", "ant"], ["cat", "10", "ant"], [0, 1, 2])],
 )
-def test_labelled_images(raw, labels, classes, numbers):
+def test_labelled_images(raw, tmp_path, labels, classes, numbers):
     rows = [[photo(number), label] for number, label in enumerate(labels, 1)]
     write_csv(raw / "own.csv", [["image", "label"], *rows, [photo(2), labels[0]]])
-    source, skipped = ImageFolderCSV(str(raw)), []
-    assert source.text_fields == {} and source.labels() == {"classes": classes}
-    assert [sample.info["label"] for sample in source.samples(skipped.append)] == numbers
-    assert skipped == ["second label of an image"]
+    index, _ = convert(ImageFolderCSV(str(raw)), tmp_path / "out")
+    assert index.text_fields == {} and index.labels == {"classes": classes}
+    samples = samples_of(tmp_path / "out", "train")
+    assert [sample.info["label"] for sample in samples.values()] == numbers
+    assert index.skipped == {"second label of an image": 1}
+    assert only_key(samples, 3).images["image"] == jpeg(3)
 
 
 def test_damaged_lines_are_counted(raw, tmp_path):
