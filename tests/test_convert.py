@@ -1,9 +1,17 @@
+import filecmp
+import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
+from PIL import Image
 
-from tests.data.helpers import flip_byte, make_raw_tree
+from bt.convert import main
+from bt.data.shards import ShardSet
+from tests.data.helpers import flip_byte, make_raw_tree, truncate
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
@@ -43,13 +51,14 @@ def test_convert_and_verify(converted, small_raw):
     assert again.returncode == 0 and again.stdout.startswith(f"already complete: {out}")
     sound = run(f"verify={out}")
     assert sound.returncode == 0 and sound.stdout == f"{out}: all shards and tables are as the index says\n"
+    assert "verify: 7/7 shards" in sound.stderr
 
 
 def test_verify_finds_a_flipped_byte(converted):
     out, _ = converted
     flip_byte(out / "train-000001.tar", 3000)
     flip_byte(out / "val-000000.npy", 150)
-    lines = fails(f"verify={out}").splitlines()
+    lines = [line for line in fails(f"verify={out}").splitlines() if line and not line.startswith("verify: ")]
     flip_byte(out / "train-000001.tar", 3000)
     flip_byte(out / "val-000000.npy", 150)
     assert lines[0] == f"{out}/train-000001.tar differs from the index (SHA-256)"
@@ -77,8 +86,66 @@ def test_missing_raw_data(tmp_path):
         (["source=easy_vqa", "shard_size=0"], "shard_size"),
         (["source=easy_vqa", "outdir=x"], "outdir"),
         (["verify=/nowhere"], "no data set in /nowhere"),
+        (["inspect=/nowhere"], "no data set in /nowhere"),
+        (["verify=x", "inspect=x"], "give either source=NAME"),
+        (["source=easy_vqa", "images.exif=turn"], "images.exif=turn is not one of: ignore, apply"),
+        (["source=easy_vqa", "images.reencode=101"], "images.reencode=101"),
+        (["source=easy_vqa", "images.max_side=big"], "images.max_side"),
+        (["source=easy_vqa", "captions.min_words=5", "captions.max_words=4"], "captions.min_words=5 is more than"),
+        (["source=easy_vqa", "max_bad_share=2"], "max_bad_share=2"),
+        (["source=easy_vqa", "on_bad_sample=drop"], "on_bad_sample=drop is not one of: skip, fail"),
     ],
 )
-def test_mistakes_are_one_line(arguments, says):
-    line = fails(*arguments)
-    assert line.count("\n") == 0 and says in line
+def test_mistakes_are_one_line(arguments, says, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bt.convert", *arguments])
+    with pytest.raises(SystemExit) as end:
+        main()
+    line = capsys.readouterr().err.strip()
+    assert end.value.code == 1 and line.count("\n") == 0 and says in line
+
+
+def test_inspect(converted, tmp_path, monkeypatch, capsys):
+    out, done = converted
+    monkeypatch.setattr(sys, "argv", ["bt.convert", f"inspect={out}", f"inspect_out={tmp_path}/sheet.png"])
+    main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{out}: easy_vqa, 120 samples" and lines[-1] == f"written to {tmp_path}/sheet.png"
+    assert lines[1] == done.stdout.splitlines()[1]  # the split, as when it was written
+    assert Image.open(tmp_path / "sheet.png").format == "PNG"
+
+
+def test_options_reach_the_converter(small_raw, tmp_path):
+    """On one damaged image."""
+    raw = shutil.copytree(small_raw, tmp_path / "raw")
+    truncate(raw / "data/train/images/1.png", 60)
+    arguments = ["source=easy_vqa", f"raw_dir={raw}", "split=train"]
+    line = fails(*arguments, f"out_dir={tmp_path}/none", "on_bad_sample=fail").splitlines()[-1]
+    assert line.startswith("error: easy_vqa: sample 'train-000001' of train: image cannot be decoded (")
+    line = fails(*arguments, f"out_dir={tmp_path}/none", "max_bad_share=0.01").splitlines()[-1]
+    assert "1 of 54 samples are bad, more than max_bad_share=0.01" in line
+    rules = ["captions.min_words=5", "images.reencode=70", "workers=0"]
+    done = run(*arguments, f"out_dir={tmp_path}/out", *rules)
+    assert done.returncode == 0 and "  left out: image cannot be decoded: 1" in done.stdout
+    data = ShardSet(tmp_path / "out", "train")
+    assert {len(text.split()) for text in data.all_texts()} >= {5, 6} and len(data) == 53
+    captions = [text for n in range(53) for text in data.read(n).info["captions"]]
+    assert min(len(text.split()) for text in captions) == 5
+    assert data.read(0).images["image"][:3] == b"\xff\xd8\xff"
+
+
+def test_interrupted_and_continued(data_dir, tmp_path):
+    command = [sys.executable, "-m", "bt.convert", "source=easy_vqa", f"out_dir={tmp_path}", "shard_size=500"]
+    first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not (tmp_path / "train-000000.tar").exists():
+        assert first.poll() is None
+        time.sleep(0.01)
+    os.killpg(first.pid, signal.SIGINT)  # as a terminal does: to the workers, too
+    lines = first.communicate(timeout=60)[1].split("\n")
+    assert first.returncode == 130
+    assert [line for line in lines if line and not line.startswith("easy_vqa: ")] == ["interrupted"]
+    assert not (tmp_path / "index.json").exists() and not list(tmp_path.glob("*.tmp"))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0 and done.stdout.startswith(f"written to {tmp_path}"), done.stderr
+    names = sorted(path.name for path in data_dir.iterdir())
+    assert names == sorted(path.name for path in tmp_path.iterdir())
+    assert filecmp.cmpfiles(data_dir, tmp_path, names, shallow=False) == (names, [], [])

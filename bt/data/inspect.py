@@ -47,7 +47,11 @@ def _describe(data: ShardSet) -> list[str]:
         for field in data.text_fields:
             words[field] += [len(text.split()) for text in data.texts(sample.info, field)]
         for name, encoded in sample.images.items():
-            image = Image.open(io.BytesIO(encoded))
+            try:
+                image = Image.open(io.BytesIO(encoded))
+            except UNDECODABLE:
+                formats[name]["cannot be decoded"] += 1
+                continue
             sizes[name].append(image.size)
             formats[name][f"{image.format} {image.mode}"] += 1
         for kind, label in _labels(sample.info, data):

@@ -82,7 +82,8 @@ class Journal:
         """Leave what the same command can go on from, if anything, and no half files. complete: the index is there."""
         for path in self.path.parent.glob("*.tmp"):
             path.unlink()
-        if complete or not self.finished:
+        # A shard may have its name already and no line yet: then the file says whose it is.
+        if complete or list(self.path.parent.iterdir()) == [self.path]:
             self.path.unlink()
         self._file.close()
 

@@ -177,8 +177,11 @@ class _Conversion:
         self.first_bad: dict[str, str] = {}
 
     def run(self, progress: Callable[[Iterable[RawSample]], Iterable[RawSample]], rules: ImageRules, workers: int):
-        items = self._items(progress(self.source.samples(self._skip)))
-        with closing(load_images_in_order(items, rules, workers)) as loaded:
+        # Closed at once, whatever happens: processes end, and a progress bar before a line on what happened.
+        with (
+            closing(self._items(progress(self.source.samples(self._skip)))) as items,
+            closing(load_images_in_order(items, rules, workers)) as loaded,
+        ):
             for item, images in loaded:
                 self._take(item, images)
         with _writing(self.out_dir):

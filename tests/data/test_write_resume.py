@@ -145,6 +145,22 @@ def test_an_interrupted_conversion_leaves_whole_shards_alone(folder, tmp_path):
     assert digests(out) == digests(whole)
 
 
+def test_interrupted_between_a_shard_and_its_note(folder, tmp_path, monkeypatch):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    convert(Mixed(str(folder)), whole, 4)
+
+    def interrupted(self, finished):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "add", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            convert(Mixed(str(folder)), out, 4)
+    assert {path.name for path in out.glob("*.tar")} == {"train-000000.tar"}
+    convert(Mixed(str(folder)), out, 4)
+    assert digests(out) == digests(whole)
+
+
 def test_killed_workers_are_one_line(folder, tmp_path):
     whole, out = tmp_path / "whole", tmp_path / "out"
     convert(Mixed(str(folder)), whole, 4)
