@@ -28,6 +28,23 @@ def fails(*arguments: str) -> str:
     return done.stderr.strip()
 
 
+@pytest.fixture
+def command(monkeypatch, capfd):
+    """Runs `python -m bt.convert ...` in this process; returns status, standard output and the last line of errors."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["bt.convert", *arguments])
+        try:
+            main()
+            status = 0
+        except SystemExit as end:
+            status = end.code
+        out, err = capfd.readouterr()
+        return status, out, err.strip().split("\n")[-1]
+
+    return call
+
+
 @pytest.fixture(scope="module")
 def small_raw(tmp_path_factory):
     return make_raw_tree(tmp_path_factory.mktemp("raw"), 60)
@@ -66,10 +83,10 @@ def test_verify_finds_a_flipped_byte(converted):
     assert lines[2:] == [f"{out}/val-000000.npy differs from the index (SHA-256)", f"error: {out}: 3 faults"]
 
 
-def test_other_options_are_refused(converted, small_raw):
+def test_other_options_are_refused(converted, small_raw, command):
     out, _ = converted
-    line = fails("source=easy_vqa", f"raw_dir={small_raw}", f"out_dir={out}")
-    assert line.count("\n") == 0 and f"{out} holds another data set" in line
+    status, _, line = command("source=easy_vqa", f"raw_dir={small_raw}", f"out_dir={out}")
+    assert status == 1 and f"{out} holds another data set (shard_size=25, asked: shard_size=1000)" in line
 
 
 def test_missing_raw_data(tmp_path):
@@ -96,36 +113,31 @@ def test_missing_raw_data(tmp_path):
         (["source=easy_vqa", "on_bad_sample=drop"], "on_bad_sample=drop is not one of: skip, fail"),
     ],
 )
-def test_mistakes_are_one_line(arguments, says, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["bt.convert", *arguments])
-    with pytest.raises(SystemExit) as end:
-        main()
-    line = capsys.readouterr().err.strip()
-    assert end.value.code == 1 and line.count("\n") == 0 and says in line
+def test_mistakes_are_one_line(arguments, says, command):
+    status, _, line = command(*arguments)
+    assert status == 1 and line.startswith("error: ") and says in line
 
 
-def test_inspect(converted, tmp_path, monkeypatch, capsys):
+def test_inspect(converted, tmp_path, command):
     out, done = converted
-    monkeypatch.setattr(sys, "argv", ["bt.convert", f"inspect={out}", f"inspect_out={tmp_path}/sheet.png"])
-    main()
-    lines = capsys.readouterr().out.splitlines()
+    lines = command(f"inspect={out}", f"inspect_out={tmp_path}/sheet.png")[1].splitlines()
     assert lines[0] == f"{out}: easy_vqa, 120 samples" and lines[-1] == f"written to {tmp_path}/sheet.png"
     assert lines[1] == done.stdout.splitlines()[1]  # the split, as when it was written
     assert Image.open(tmp_path / "sheet.png").format == "PNG"
 
 
-def test_options_reach_the_converter(small_raw, tmp_path):
+def test_options_reach_the_converter(small_raw, tmp_path, command):
     """On one damaged image."""
     raw = shutil.copytree(small_raw, tmp_path / "raw")
     truncate(raw / "data/train/images/1.png", 60)
     arguments = ["source=easy_vqa", f"raw_dir={raw}", "split=train"]
-    line = fails(*arguments, f"out_dir={tmp_path}/none", "on_bad_sample=fail").splitlines()[-1]
-    assert line.startswith("error: easy_vqa: sample 'train-000001' of train: image cannot be decoded (")
-    line = fails(*arguments, f"out_dir={tmp_path}/none", "max_bad_share=0.01").splitlines()[-1]
-    assert "1 of 54 samples are bad, more than max_bad_share=0.01" in line
+    status, _, line = command(*arguments, f"out_dir={tmp_path}/none", "on_bad_sample=fail")
+    assert status == 1 and line.startswith("error: easy_vqa: sample 'train-000001' of train: image cannot be decoded (")
+    status, _, line = command(*arguments, f"out_dir={tmp_path}/none", "max_bad_share=0.01")
+    assert status == 1 and "1 of 54 samples are bad, more than max_bad_share=0.01" in line
     rules = ["captions.min_words=5", "images.reencode=70", "workers=0"]
-    done = run(*arguments, f"out_dir={tmp_path}/out", *rules)
-    assert done.returncode == 0 and "  left out: image cannot be decoded: 1" in done.stdout
+    status, out, _ = command(*arguments, f"out_dir={tmp_path}/out", *rules)
+    assert status == 0 and "  left out: image cannot be decoded: 1" in out
     data = ShardSet(tmp_path / "out", "train")
     assert {len(text.split()) for text in data.all_texts()} >= {5, 6} and len(data) == 53
     captions = [text for n in range(53) for text in data.read(n).info["captions"]]
