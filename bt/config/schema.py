@@ -33,7 +33,7 @@ class EncoderConfig:
 
 @dataclass
 class TaskConfig:
-    texts: str = option("captions", choices=["captions", "questions"])
+    texts: str | None = "captions"
     objectives: dict[str, Any] = option({})
     metric: str = MISSING
     mode: str = option("max", choices=["max", "min"])

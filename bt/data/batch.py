@@ -26,7 +26,8 @@ class Batch:
 
     images: (images, channels, height, width) uint8, channels last in memory, normalised on the device by the vision
     encoder. A sample has a row for each way in which a random transform drew it.
-    texts: the unique texts. pairs: (pairs, 2) int64, rows of `images` and of `texts` that belong together.
+    texts: the unique texts. pairs: (pairs, 2) int64, rows of `images` and of `texts` that belong together; -1 where a
+    data set has texts or images alone. second_images: (pairs,) int64, rows of the second images where samples have two.
     image_ids: (images,) int64, the sample's number in the split, equal on all ranks, so that "the same
     image" can be told across ranks. pair_ids: (pairs,) int64, the pair's number in the split.
     targets: per objective, what its `targets` callable made in the loader worker.
@@ -39,6 +40,7 @@ class Batch:
     pairs: Tensor
     image_ids: Tensor
     pair_ids: Tensor
+    second_images: Tensor | None = None
     targets: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     keys: list[str] = field(default_factory=list)
     entries: list[dict[str, Any]] = field(default_factory=list)
@@ -53,6 +55,7 @@ class Batch:
             pairs=fn(self.pairs),
             image_ids=fn(self.image_ids),
             pair_ids=fn(self.pair_ids),
+            second_images=None if self.second_images is None else fn(self.second_images),
             targets={name: {k: fn(v) for k, v in group.items()} for name, group in self.targets.items()},
         )
 

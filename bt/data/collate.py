@@ -27,9 +27,9 @@ TargetMaker = Callable[[Draft], dict[str, Tensor]]
 class BatchMaker:
     """Cuts of a plan -> batches.
 
-    text_field: which texts of a sample make its pairs ("captions", "questions"). targets: per objective, called with
-    the draft. needs: what the objectives want drawn. on_bad_sample: "fail" raises, "skip" leaves the sample out and
-    counts it.
+    text_field: which texts of a sample make its pairs ("captions", "questions"); None for labelled images: each is one
+    pair without a text, its entry the sample's json. targets: per objective, called with the draft. needs: what the
+    objectives want drawn. on_bad_sample: "fail" raises, "skip" leaves the sample out and counts it.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class BatchMaker:
         shards: ShardSet,
         index: PairIndex,
         *,
-        text_field: str,
+        text_field: str | None,
         tokenizer: Tokenizer,
         transform: Transform,
         seed: int,
@@ -69,12 +69,12 @@ class _Assembly:
         self.maker = maker
         self.skipped: Counter[str] = Counter()
         self.samples: dict[int, Sample | None] = {}
-        self.image_rows: dict[tuple[int, ...], int] = {}  # the first number is the sample's
+        self.image_rows: dict[tuple[int, ...], range] = {}  # the first number is the sample's
         self.images: list[Tensor] = []
-        self.text_rows: dict[str, int] = {}
+        self.text_rows: dict[str | tuple[str, str], int] = {}
         owners = maker.index.sample_of(cut.pairs)
         epochs = cut.epochs.tolist()
-        rows = [self.image_row(sample, epoch) for sample, epoch in zip(owners.tolist(), epochs, strict=True)]
+        rows = [self.rows_of(sample, epoch) for sample, epoch in zip(owners.tolist(), epochs, strict=True)]
         good = np.array([row is not None for row in rows], bool)
         if not good.any():
             raise DataError(f"all samples of a batch are bad: {', '.join(self.skipped)}")
@@ -97,10 +97,10 @@ class _Assembly:
         self.samples[number] = None
         self.skipped[f"{bad.shard}: {bad.reason}"] += 1
 
-    def image_row(self, number: int, epoch: int, pair: int | None = None) -> int | None:
-        """The row of a sample's image; None if it is bad and bad ones are skipped.
+    def rows_of(self, number: int, epoch: int, pair: int | None = None) -> range | None:
+        """The rows of a sample's images; None if it is bad and bad ones are skipped.
 
-        Random transforms draw anew in each epoch, the same for all texts of the image. As the false image of a pair it
+        Random transforms draw anew in each epoch, the same for all texts of an image. As the false image of a pair it
         is a row of its own, drawn for that pair. Both are then the same however pairs are shared out.
         """
         transform, pairs = self.maker.transform, () if pair is None else (pair,)
@@ -112,25 +112,42 @@ class _Assembly:
             return None
         rng = draws.generator(self.maker.seed, "augment", epoch, number, *pairs) if transform.random else None
         try:
-            pixels = transform(sample.images["image"], rng)
+            pixels = [transform(data, rng) for data in sample.images.values()]
         except UNDECODABLE as error:
             message = f"{sample.shard}: the image of sample '{sample.key}' cannot be decoded: {error}"
             self._drop(number, BadSample(message, sample.shard, "image cannot be decoded"))
             return None
-        except KeyError:
-            found = ", ".join(sample.images) or "none"
-            raise DataError(f"{sample.shard}: sample '{sample.key}' has no single image (images: {found})") from None
-        self.images.append(pixels)
-        return self.image_rows.setdefault(place, len(self.images) - 1)
+        first = len(self.images)
+        self.images += pixels
+        return self.image_rows.setdefault(place, range(first, len(self.images)))
 
-    def entry(self, pair: int, owner: int) -> tuple[str, dict[str, Any]]:
-        """The text of a pair and its entry in the json."""
+    def pair_images(self) -> np.ndarray:
+        """(pairs, images of a sample) rows of the images of each pair; (pairs, 1) of -1 where samples have none."""
+        sizes = sorted({len(rows) for rows in self.own_rows})
+        if len(sizes) > 1:
+            raise DataError(f"data sets with {sizes[0]} and with {sizes[1]} images a sample cannot be mixed")
+        if sizes == [0]:
+            return np.full((len(self.own_rows), 1), -1)
+        return np.array([list(rows) for rows in self.own_rows], np.int64)
+
+    def pair_texts(self) -> tuple[np.ndarray, list[dict[str, Any]]]:
+        """(pairs,) rows of the texts, -1 without a text field, and the entries of the pairs."""
+        owners = self.owners.tolist()
+        if self.maker.text_field is None:
+            return np.full(len(owners), -1), [self.sample(owner).info for owner in owners]
+        texts = [self.entry(pair, owner) for pair, owner in zip(self.pairs.tolist(), owners, strict=True)]
+        return np.array([self.text_row(text) for text, _ in texts]), [entry for _, entry in texts]
+
+    def entry(self, pair: int, owner: int) -> tuple[str | tuple[str, str], dict[str, Any]]:
+        """The text of a pair, or its two segments, and its entry in the json."""
         maker = self.maker
         entry = self.sample(owner).info[maker.text_field][pair - int(maker.index.first[owner])]
         inner = maker.shards.text_fields[maker.text_field]
-        return (entry, {"text": entry}) if inner is None else (entry[inner], entry)
+        if inner is None:
+            return entry, {"text": entry}
+        return (entry[inner], entry["text_pair"]) if "text_pair" in entry else entry[inner], entry
 
-    def text_row(self, text: str) -> int:
+    def text_row(self, text: str | tuple[str, str]) -> int:
         return self.text_rows.setdefault(text, len(self.text_rows))
 
     def uniform(self, purpose: str, n: int) -> np.ndarray:
@@ -165,9 +182,9 @@ class _Assembly:
         rows = np.full(len(self.pairs), -1, np.int64)
 
         def read(at: int, sample: int) -> bool:
-            row = self.image_row(sample, int(self.epochs[at]), int(self.pairs[at]))
-            rows[at] = -1 if row is None else row
-            return row is not None
+            found = self.rows_of(sample, int(self.epochs[at]), int(self.pairs[at]))
+            rows[at] = found[0] if found else -1
+            return bool(found)
 
         self.draw_others("false_image", ~self.match[:, None] & self.maker.false_images, read)
         return rows
@@ -184,12 +201,12 @@ class _Assembly:
         return np.array(rows, np.int64).reshape(wanted.shape)
 
     def batch(self) -> Batch:
-        owners = self.owners.tolist()
-        texts = [self.entry(pair, owner) for pair, owner in zip(self.pairs.tolist(), owners, strict=True)]
-        pairs = np.array([[row, self.text_row(t)] for row, (t, _) in zip(self.own_rows, texts, strict=True)])
+        texts, entries = self.pair_texts()
+        images = self.pair_images()
+        pairs = np.stack([images[:, 0], texts], axis=1).astype(np.int64)
         false_images, false_texts = self.false_image_rows(), self.false_text_rows()
-        entries = [entry for _, entry in texts]
-        image_ids = np.array([sample for sample, *_ in self.image_rows], np.int64)
+        samples = [sample for (sample, *_), rows in self.image_rows.items() for _ in rows]
+        image_ids = np.array(samples, np.int64)
         tokens = self.maker.tokenizer.batch(list(self.text_rows), self.maker.max_text_len)
         draft = Draft(
             texts=tokens,
@@ -203,13 +220,14 @@ class _Assembly:
             uniform=self.uniform,
         )
         return Batch(
-            images=stack_images(self.images),
+            images=stack_images(self.images) if self.images else self.maker.transform.none(),
             texts=tokens,
             pairs=torch.from_numpy(pairs),
             image_ids=torch.from_numpy(image_ids),
             pair_ids=torch.from_numpy(self.pairs),
+            second_images=torch.from_numpy(images[:, 1].copy()) if images.shape[1] == 2 else None,
             targets={name: make(draft) for name, make in self.maker.targets.items()},
-            keys=[self.samples[sample].key for sample, *_ in self.image_rows],
+            keys=[self.samples[sample].key for sample in samples],
             entries=entries,
             skipped=dict(self.skipped),
         )

@@ -268,8 +268,10 @@ class ShardSet:
         self._files.move_to_end(number)
         return self._files[number]
 
-    def counts(self, field: str) -> np.ndarray:
-        """(samples,) int32: the number of texts of a field in each sample."""
+    def counts(self, field: str | None) -> np.ndarray:
+        """(samples,) int32: the number of texts of a field in each sample; without a field one each."""
+        if field is None:
+            return np.ones(len(self), np.int32)
         if field not in self.text_fields:
             known = ", ".join(self.text_fields) or "none"
             raise DataError(f"text field '{field}' is not in every data set of data.dir: known are {known}")
@@ -331,5 +333,8 @@ class ShardSet:
                 if not skip_bad:
                     raise
                 continue
-            for field in self.text_fields:
-                yield from self.texts(info, field)
+            for field, inner in self.text_fields.items():
+                for entry in info.get(field, ()):
+                    yield entry if inner is None else entry[inner]
+                    if inner is not None and "text_pair" in entry:
+                        yield entry["text_pair"]

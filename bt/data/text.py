@@ -44,10 +44,13 @@ class Tokenizer:
         added = [number for number, token in backend.get_added_tokens_decoder().items() if token.special]
         self.special_ids = sorted({*ids.values(), *added})
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
-        self._cache: dict[str, list[int]] = {}
+        self._cache: dict[str | tuple[str, str], list[int]] = {}
 
-    def encode(self, texts: Sequence[str], max_length: int) -> list[list[int]]:
-        """Ids of each text with start and end token; of longer texts the first max_length - 2 tokens between them."""
+    def encode(self, texts: Sequence[str | tuple[str, str]], max_length: int) -> list[list[int]]:
+        """Ids of each text with start and end token; of longer texts the first max_length - 2 tokens between them.
+
+        A text may be two segments, which the tokenizer joins in its own way; together they are cut like one.
+        """
         fresh = [text for text in dict.fromkeys(texts) if text not in self._cache]
         if len(self._cache) + len(fresh) > _CACHED_TEXTS:
             self._cache.clear()
@@ -56,10 +59,10 @@ class Tokenizer:
         rows = (self._cache[text] for text in texts)
         return [ids if len(ids) <= max_length else [*ids[: max_length - 1], self.eos_id] for ids in rows]
 
-    def batch(self, texts: Sequence[str], max_length: int) -> Texts:
+    def batch(self, texts: Sequence[str | tuple[str, str]], max_length: int) -> Texts:
         """Texts padded to the longest of them."""
         rows = self.encode(texts, max_length)
-        ids = np.full((len(rows), max(map(len, rows))), self.pad_id, np.int64)
+        ids = np.full((len(rows), max(map(len, rows), default=0)), self.pad_id, np.int64)
         mask = np.zeros(ids.shape, bool)
         for number, row in enumerate(rows):
             ids[number, : len(row)] = row
@@ -108,7 +111,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int | None = None) -> Toke
     vocabulary = {token: number for number, token in enumerate([*SPECIAL, *ranked])}
     backend = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.normalizer, backend.pre_tokenizer = normalizer, splitter
-    backend.post_processor = processors.TemplateProcessing("<s> $A </s>", None, [("<s>", 0), ("</s>", 2)])
+    backend.post_processor = processors.TemplateProcessing(
+        "<s> $A </s>", "<s> $A </s> </s> $B </s>", [("<s>", 0), ("</s>", 2)]
+    )
     backend.add_special_tokens(list(SPECIAL))
     return Tokenizer(backend, _roles(backend, "trained tokenizer"))
 

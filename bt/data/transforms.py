@@ -153,6 +153,10 @@ class Transform:
             return pixels
         return torch.from_numpy(self.last(pixels.permute(1, 2, 0).numpy(), rng)).permute(2, 0, 1)
 
+    def none(self) -> Tensor:
+        """No images, for batches of texts alone."""
+        return torch.empty(0, self.channels, self.size, self.size, dtype=torch.uint8)
+
     def _square(self, image: Image.Image, data: bytes | None, box: Box, rng: np.random.Generator | None) -> Tensor:
         """The box, resized; data: the encoded bytes if the image may be read from them."""
         alpha = self.chain.alpha and self.mode == "RGB" and has_alpha(image)

@@ -107,7 +107,7 @@ def test_shards_of_text_alone(tmp_path):
     tree(tmp_path / "raw", "QNLI")
     samples, skipped, data = converted(GLUE(str(tmp_path / "raw/QNLI"), ["dev"], task="qnli"), tmp_path / "out", "dev")
     _, rows = tsv("QNLI", False)
-    assert list(data.all_texts()) == [one for one, _, _ in rows] and skipped == {}
+    assert list(data.all_texts()) == [text for one, two, _ in rows for text in (one, two)] and skipped == {}
     assert [sample.info["sentences"][0]["label"] for sample in samples.values()] == [1, 0, 1, 0, 1, 0]
     assert all(sample.images == {} for sample in samples.values())
 
