@@ -1,13 +1,15 @@
 import errno
 import hashlib
+import io
 import json
 import shutil
+import tarfile
 from pathlib import Path
 
 import pytest
 
 from bt.data.rules import CaptionRules
-from bt.data.shards import ShardSet
+from bt.data.shards import ShardSet, _member
 from bt.data.sources.base import RawSample, Source
 from bt.data.sources.easy_vqa import EasyVQA
 from bt.data.verify import verify
@@ -255,3 +257,14 @@ def test_an_option_of_a_source_must_not_hide_the_converters(tmp_path):
     source.options = lambda: {"images": "all"}
     with pytest.raises(DataError, match="its option 'images' has the name of one of the converter"):
         convert(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("size", [0, 1, 511, 512, 513, 100_000])
+def test_members_are_those_of_tarfile(size):
+    info = tarfile.TarInfo("COCO_val2014_000000391895.left.jpg")
+    info.size, info.mode = size, 0o644
+    data = bytes(range(256)) * (size // 256 + 1)
+    member = _member(info.name, data[:size])
+    assert member[:512] == info.tobuf(tarfile.USTAR_FORMAT) and len(member) % 512 == 0
+    with tarfile.open(fileobj=io.BytesIO(member + bytes(1024))) as tar:
+        assert tar.extractfile(info.name).read() == data[:size]
