@@ -70,25 +70,52 @@ def read_image(image: RawImage) -> tuple[bytes, str]:
     return image.read_bytes(), image.suffix.lower().lstrip(".")
 
 
-def load_images(images: Mapping[str, RawImage], rules: ImageRules) -> dict[str, bytes] | BadImage:
-    """The bytes to write by the ending of the member's name ("jpg", "left.png"), or the first bad image."""
-    loaded = {}
+def load_images(
+    images: Mapping[str, RawImage], rules: ImageRules, keep: bool = True
+) -> dict[str, bytes | None] | BadImage:
+    """The bytes to write by the ending of the member's name ("jpg", "left.png"), or the first bad image.
+
+    keep: False gives None for original bytes, which the file has at hand, too.
+    """
+    loaded: dict[str, bytes | None] = {}
     for name, image in images.items():
-        where = str(image if isinstance(image, Path) else getattr(image, "path", "image in memory"))
         try:
-            data, ending = read_image(image)
-        except (FileNotFoundError, NotADirectoryError):
-            return BadImage("missing image", where)
+            raw, ending = read_image(image)
         except OSError as error:
-            return BadImage("image cannot be read", f"{where}: {error.strerror or error}")
+            return _unread(image, error)
         try:
-            data, ending = prepare(data, ending, rules)
+            data, ending = prepare(raw, ending, rules)
         except Image.DecompressionBombError as error:
-            return BadImage("image too large", f"{where}: {error}")
+            return BadImage("image too large", f"{_where(image)}: {error}")
         except Exception as error:  # on damaged data Pillow's readers raise nearly anything
-            return BadImage("image cannot be decoded", f"{where}: {error}")
-        loaded[f"{name}.{ending}" if name else ending] = data
+            return BadImage("image cannot be decoded", f"{_where(image)}: {error}")
+        loaded[f"{name}.{ending}" if name else ending] = data if keep or data is not raw else None
     return loaded
+
+
+def _with_originals(
+    images: Mapping[str, RawImage], loaded: dict[str, bytes | None] | BadImage
+) -> dict[str, bytes] | BadImage:
+    """What `load_images` gives with `keep`, from what it gives without."""
+    if isinstance(loaded, BadImage):
+        return loaded
+    whole = {}
+    for image, (member, data) in zip(images.values(), loaded.items(), strict=True):
+        try:
+            whole[member] = read_image(image)[0] if data is None else data
+        except OSError as error:
+            return _unread(image, error)
+    return whole
+
+
+def _unread(image: RawImage, error: OSError) -> BadImage:
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        return BadImage("missing image", _where(image))
+    return BadImage("image cannot be read", f"{_where(image)}: {error.strerror or error}")
+
+
+def _where(image: RawImage) -> str:
+    return str(image if isinstance(image, Path) else getattr(image, "path", "image in memory"))
 
 
 def prepare(data: bytes, ending: str, rules: ImageRules) -> tuple[bytes, str]:
@@ -149,11 +176,12 @@ def load_images_in_order(
     The processes are no more than a few chunks ahead, so that memory stays bounded. Pillow decodes on one thread. Close
     the generator to end them. DataError if one is killed.
     """
-    load = partial(load_images, rules=rules)
     if workers == 0:
         for item in items:
-            yield item, load(item.images)
+            yield item, load_images(item.images, rules)
         return
+    # Original bytes stay where they are until they are written: from the disk's cache they come faster than by a pipe.
+    load = partial(_load_chunk, rules=rules)
     # Forked processes need not import anything again, and nothing of them depends on the program's own module.
     pool = ProcessPoolExecutor(workers, get_context("fork"), _begin_worker)
     items = iter(items)
@@ -163,12 +191,13 @@ def load_images_in_order(
         while True:
             chunk = list(islice(items, _CHUNK))
             if chunk:
-                ahead.append((chunk, pool.submit(_load_chunk, load, [item.images for item in chunk])))
+                ahead.append((chunk, pool.submit(load, [item.images for item in chunk])))
             if not ahead:
                 return
             if not chunk or len(ahead) > 2 * workers + 1:
                 done, loaded = ahead.popleft()
-                yield from zip(done, loaded.result(), strict=True)
+                for item, images in zip(done, loaded.result(), strict=True):
+                    yield item, _with_originals(item.images, images)
     except BrokenProcessPool:
         raise DataError(
             "a process that reads images was killed, perhaps for want of memory: give the command again, it goes on "
@@ -178,8 +207,8 @@ def load_images_in_order(
         pool.shutdown(cancel_futures=True)
 
 
-def _load_chunk(load, chunk: list[Mapping[str, RawImage]]) -> list[dict[str, bytes] | BadImage]:
-    return [load(images) for images in chunk]
+def _load_chunk(chunk: list[Mapping[str, RawImage]], rules: ImageRules) -> list[dict[str, bytes | None] | BadImage]:
+    return [load_images(images, rules, keep=False) for images in chunk]
 
 
 def _begin_worker() -> None:

@@ -40,8 +40,7 @@ class Limits:
     """What is done about bad raw data. on_bad_sample: "skip" leaves it out and counts it, "fail" stops at the first.
 
     max_bad_share: the conversion stops above this share of bad samples, in a split of which 1,000 have been seen, or
-    in all at the end. By default nearly all must be bad, as in the wrong folder: of SBU and CC3M a third may be dead
-    links.
+    in all at the end. By default nearly all must be bad, as in a wrong folder: sets from the web have many dead images.
     """
 
     on_bad_sample: str = "skip"
@@ -204,12 +203,15 @@ class _Conversion:
         """The samples behind those that finished shards account for. Runs ahead of what is taken, and counts nothing
         but places."""
         places: Counter[str] = Counter()
-        for raw in raws:
-            places[raw.split] += 1
-            if raw.split not in self.splits:
-                self.splits[raw.split] = self._resume(raw.split)
-            if places[raw.split] > self.splits[raw.split].resumed:
-                yield self._item(raw, places[raw.split])
+        try:
+            for raw in raws:
+                places[raw.split] += 1
+                if raw.split not in self.splits:
+                    self.splits[raw.split] = self._resume(raw.split)
+                if places[raw.split] > self.splits[raw.split].resumed:
+                    yield self._item(raw, places[raw.split])
+        except OSError as error:
+            raise DataError(f"cannot read the raw files of {self.source.name}: {error}") from None
 
     def _resume(self, name: str) -> _Split:
         fields = list(self.source.text_fields)

@@ -252,6 +252,13 @@ def test_a_split_is_judged_long_before_the_end(tmp_path):
         convert(source, tmp_path / "out")
 
 
+def test_raw_files_that_cannot_be_read_are_one_line(tmp_path):
+    source = Listed([], CAPTIONS)
+    source.samples = lambda skip: (tmp_path.read_bytes() for _ in range(1))
+    with pytest.raises(DataError, match="cannot read the raw files of listed: .*Is a directory: "):
+        convert(source, tmp_path / "out")
+
+
 def test_an_option_of_a_source_must_not_hide_the_converters(tmp_path):
     source = Listed([("a", {"captions": ["x"]})], CAPTIONS)
     source.options = lambda: {"images": "all"}

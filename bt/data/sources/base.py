@@ -91,6 +91,10 @@ class Source:
     def samples(self, skip: Callable[[str], None]) -> Iterator[RawSample]:
         """The samples, always in the same order. skip: called with the reason for each one left out.
 
+        A reason that begins with "line " or "malformed " speaks of broken raw data and counts for max_bad_share; others
+        are what the source does not want or what is normal, such as a dead link. What is left out for its images, its
+        key or for want of text is the converter's to count.
+
         Raises DataError for raw files that are missing or broken, before the first sample where that is possible.
         """
         raise NotImplementedError
