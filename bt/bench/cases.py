@@ -19,6 +19,8 @@ from transformers import (
     BridgeTowerForMaskedLM,
 )
 
+from bt.bench.case import Case
+from bt.bench.data_cases import DATA_CASES
 from bt.data.batch import Batch, Texts
 from bt.interop.huggingface import from_huggingface
 from bt.models.bridgetower import Need, build_tower
@@ -42,17 +44,6 @@ class Size:
 
 
 SIZES = {"base": Size(), "tiny": Size(width=64, depth=3, heads=2, cross_layers=2, vocabulary=200, image=64)}
-
-
-@dataclass
-class Case:
-    """Two ways to do the same work. ours, peer: do it once and return what must agree (losses and gradient norm, or
-    outputs). pairs: (image, text) pairs of it.
-    """
-
-    pairs: int
-    ours: Callable[[], Tensor]
-    peer: Callable[[], Tensor]
 
 
 def make_peer(size: Size) -> nn.ModuleDict:
@@ -213,4 +204,5 @@ CASES: dict[str, tuple[str, Callable[[Size], Any]]] = {
     "pretrain_1": ("pre-training step MLM + ITM, 1 text per image", lambda size: pretraining(size, 4, 1)),
     "pretrain_5": ("pre-training step MLM + ITM, 5 texts per image", lambda size: pretraining(size, 2, 5)),
     "inference_20": ("one image with 20 questions", lambda size: inference(size, 20)),
+    **DATA_CASES,
 }

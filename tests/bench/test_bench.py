@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bt.bench.cases import CASES, SIZES, Case
+from bt.bench.case import Case
+from bt.bench.cases import CASES, SIZES
 
 ROOT = Path(__file__).parents[2]
 

@@ -169,7 +169,9 @@ def test_pixels_are_normalised_as_totensor_and_normalize_do():
     vision = OpenClipVision(image_size=24, architecture=VISION)
     pixels = torch.randint(0, 256, (2, 3, 24, 24), dtype=torch.uint8)
     expected = Normalize(CLIP_MEAN, CLIP_STD)(pixels.float() / 255)
-    assert torch.equal(vision.normalize(pixels), expected)
+    assert difference(vision.normalize(pixels), expected) <= 5e-7
+    planes_last = pixels.contiguous(memory_format=torch.channels_last)
+    assert torch.equal(vision.normalize(planes_last), vision.normalize(pixels))
     assert vision.normalize(expected) is expected
     # Without statistics of its own for so many channels, each has the mean of the three.
     two = OpenClipVision(image_size=24, channels=2, architecture=VISION)

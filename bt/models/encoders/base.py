@@ -54,6 +54,15 @@ def adapt_channels(weight: Tensor, channels: int) -> Tensor:
     return weight.repeat(1, math.ceil(channels / before), 1, 1)[:, :channels] * (before / channels)
 
 
+def normalize_pixels(images: Tensor, offset: Tensor, scale: Tensor) -> Tensor:
+    """(images - offset) * scale of (I, C, H, W) uint8 pixels, as contiguous float32; offset, scale: (C, 1, 1).
+
+    Batches are channels last in memory, where arithmetic with a value for each channel is slow.
+    """
+    planes = torch.empty(images.shape, device=images.device)
+    return torch.sub(images, offset, out=planes).mul_(scale)
+
+
 class VisionEncoder(nn.Module):
     """Images to the states of the top layers.
 
@@ -89,8 +98,9 @@ class VisionEncoder(nn.Module):
         self.input_channels = 3 if channels == 1 else channels
         self.mean = channel_statistics(mean, self.input_channels)
         self.std = channel_statistics(std, self.input_channels)
-        self.register_buffer("_mean", torch.tensor(self.mean)[:, None, None], persistent=False)
-        self.register_buffer("_std", torch.tensor(self.std)[:, None, None], persistent=False)
+        mean, std = torch.tensor(self.mean)[:, None, None], torch.tensor(self.std)[:, None, None]
+        self.register_buffer("_offset", 255 * mean, persistent=False)
+        self.register_buffer("_scale", 1 / (255 * std), persistent=False)
 
     def forward(self, images: Tensor, states: int) -> list[Tensor]:
         """(I, C, H, W) normalised -> the outputs (I, tokens, width) of the top `states` layers, bottom first, each
@@ -111,7 +121,7 @@ class VisionEncoder(nn.Module):
         """
         if images.dtype != torch.uint8:
             return images
-        return (images.float() / 255 - self._mean) / self._std
+        return normalize_pixels(self.stack_grey(images), self._offset, self._scale)
 
     def adapt(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """A state dict of this architecture, fitted to this encoder's image size and number of input channels."""
