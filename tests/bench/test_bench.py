@@ -6,14 +6,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from bt.bench.case import Case
 from bt.bench.cases import CASES, SIZES
+from bt.bench.data_cases import DATA_CASES
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name in CASES if name not in DATA_CASES])
 def test_both_sides_agree(name):
     """Losses and the gradient's norm, also after an optimizer step; or outputs."""
     case: Case = CASES[name][1](SIZES["tiny"])
@@ -21,6 +23,17 @@ def test_both_sides_agree(name):
         ours, peer = case.ours(), case.peer()
         assert ours.shape == peer.shape and ours.abs().max() > 0.1
         assert (ours - peer).abs().max() <= 1e-4 * peer.abs().max()
+
+
+@pytest.mark.parametrize("name", ["data_288_exact", "data_288_imagefolder"])
+def test_loading(name):
+    """All ways load batches of normalised pixels; the fast kernel is within two grey levels, the exact one exact."""
+    case: Case = CASES[name][1](SIZES["tiny"])
+    ours, peer = case.ours(), case.peer()
+    assert ours.shape == peer.shape == (16, 3, 288, 288) and ours.dtype == peer.dtype == torch.float32
+    # Mean and deviation of the same photograph, augmented: about those of the photograph.
+    assert (ours.mean() - peer.mean()).abs() < 0.3 and (ours.std() - peer.std()).abs() < 0.3
+    assert case.check() <= case.tolerance == (0 if name.endswith("exact") else 2 / 255)
 
 
 def test_the_command_writes_ratios(tmp_path):
