@@ -98,7 +98,7 @@ class Data:
     def __init__(self, cfg: Config, world: World, model: TaskModel, tokenizer: Tokenizer):
         self.cfg, self.world, self.model, self.tokenizer = cfg, world, model, tokenizer
 
-    def maker(self, shards: ShardSet, index: PairIndex, transform: str, seed: int) -> BatchMaker:
+    def maker(self, shards: ShardSet, index: PairIndex, transform: str, seed: int, training: bool) -> BatchMaker:
         vision, objectives, data = self.model.tower.vision, self.model.objectives, self.cfg.data
         return BatchMaker(
             shards,
@@ -118,6 +118,7 @@ class Data:
             targets={name: objective.targets for name, objective in objectives.items()},
             needs=[objective.needs for objective in objectives.values()],
             on_bad_sample=data.on_bad_sample,
+            substitute=training,
         )
 
     def plan(self, shards: ShardSet) -> TrainPlan | MixedPlan:
@@ -153,7 +154,7 @@ class Data:
         data = self.cfg.data
         return train_loader(
             plan,
-            self.maker(shards, plan.index, data.train_transform, self.cfg.seed),
+            self.maker(shards, plan.index, data.train_transform, self.cfg.seed, training=True),
             start_step=start_step,
             total_steps=total_steps,
             workers=data.workers,
@@ -169,7 +170,7 @@ class Data:
         plan = EvalPlan(index, seed=EVALUATION_SEED, batch=self.cfg.eval.batch, world=world.size, rank=world.rank)
         return eval_loader(
             plan,
-            self.maker(shards, index, data.eval_transform, EVALUATION_SEED),
+            self.maker(shards, index, data.eval_transform, EVALUATION_SEED, training=False),
             workers=data.workers,
             prefetch=data.prefetch,
             pin_memory=world.device.type == "cuda",

@@ -18,7 +18,7 @@ class Case:
     largest disagreement. threads: of torch; None for its own choice. holds: what must live as long as the case.
     """
 
-    count: int
+    count: float
     ours: Callable[[], Tensor]
     peer: Callable[[], Tensor]
     unit: str = "pairs/s"

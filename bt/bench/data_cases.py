@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
+import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,6 +29,7 @@ from bt.bench.case import Case
 from bt.data.collate import BatchMaker
 from bt.data.plan import PairIndex, TrainPlan
 from bt.data.randaugment import BlipRandAugment
+from bt.data.rules import ImageRules
 from bt.data.shards import ShardSet
 from bt.data.sources.image_folder_csv import ImageFolderCSV
 from bt.data.text import train_tokenizer
@@ -37,7 +41,7 @@ IMAGES, BATCH = 48, 16
 BICUBIC = transforms.InterpolationMode.BICUBIC
 
 
-def make_photos(folder: Path) -> None:
+def make_photos(folder: Path, count: int = IMAGES) -> None:
     """As ImageFolder wants them: photos/<class>/<name>.jpg; and photos.csv, which names them."""
     with Image.open(matplotlib.cbook.get_sample_data("grace_hopper.jpg")) as photo:
         photo = photo.convert("RGB").resize((1024, 1200), Image.Resampling.LANCZOS)
@@ -46,7 +50,7 @@ def make_photos(folder: Path) -> None:
     with open(folder / "photos.csv", "w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["image", "label"])
-        for number in range(IMAGES):
+        for number in range(count):
             left, top = draw.integers((1024 - 640, 1200 - 480))
             name = f"photos/a/{number:03d}.jpg"
             photo.crop((left, top, left + 640, top + 480)).save(folder / name, quality=90)
@@ -164,6 +168,32 @@ def loading(size: int, route: str, peer: Callable[[Path, int], Callable[[], Tens
     )
 
 
+def converting(check: str) -> Case:
+    """Raw files to shards with index, checksums and checked images, against `tar` of the same files, both synced."""
+    holder = TemporaryDirectory(prefix="bt-bench-")
+    folder = Path(holder.name)
+    make_photos(folder, 200)
+    size = sum(path.stat().st_size for path in folder.glob("photos/a/*"))
+    targets = (folder / f"shards-{number}" for number in itertools.count())
+    stored = []
+
+    def ours() -> Tensor:
+        index, _ = convert(ImageFolderCSV(str(folder)), next(targets), workers=2, images=ImageRules(check=check))
+        stored.append(index.samples("train"))
+        return torch.tensor(index.samples("train"))
+
+    def peer() -> Tensor:
+        subprocess.run(["tar", "cf", "photos.tar", "photos"], cwd=folder, check=True)
+        with open(folder / "photos.tar", "rb") as file:
+            os.fsync(file.fileno())
+        return torch.tensor(200)
+
+    def lost() -> float:
+        return abs(stored[-1] - 200)
+
+    return Case(size / 1e6, ours, peer, unit="MB/s", check=lost, tolerance=0, holds=holder)
+
+
 DATA_CASES = {
     f"data_{size}_{name}": (
         f"shards to normalised tensors, {size} px, data.resize={route}, against {what}",
@@ -175,4 +205,10 @@ DATA_CASES = {
         ("exact", "pil", official_way, "the official way"),
         ("imagefolder", "fast", image_folder, "torchvision's ImageFolder"),
     )
+} | {
+    f"convert_{check}": (
+        f"raw JPEGs to shards, images.check={check}, two workers, against tar",
+        lambda _, check=check: converting(check),
+    )
+    for check in ("full", "header")
 }

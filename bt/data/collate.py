@@ -29,7 +29,8 @@ class BatchMaker:
 
     text_field: which texts of a sample make its pairs ("captions", "questions"); None for labelled images: each is one
     pair without a text, its entry the sample's json. targets: per objective, called with the draft. needs: what the
-    objectives want drawn. on_bad_sample: "fail" raises, "skip" leaves the sample out and counts it.
+    objectives want drawn. on_bad_sample: "fail" raises, "skip" leaves the sample out and counts it. substitute: for
+    training, a batch of which all samples are bad becomes one drawn pair; otherwise it is an error.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class BatchMaker:
         targets: Mapping[str, TargetMaker] | None = None,
         needs: Iterable[Needs] = (),
         on_bad_sample: str = "fail",
+        substitute: bool = False,
     ):
         if on_bad_sample not in ("fail", "skip"):
             raise ConfigError(f"data.on_bad_sample={on_bad_sample}: allowed are fail, skip")
@@ -54,7 +56,7 @@ class BatchMaker:
         self.targets = dict(targets or {})
         self.false_images = any(need.false_images for need in needs)
         self.false_texts = max((need.false_texts for need in needs), default=0)
-        self.skip_bad = on_bad_sample == "skip"
+        self.skip_bad, self.substitute = on_bad_sample == "skip", substitute
         if (self.false_images or self.false_texts) and len(index.samples) < 2:
             raise DataError("false images and texts need at least two images; the chosen data has one")
 
@@ -72,15 +74,31 @@ class _Assembly:
         self.image_rows: dict[tuple[int, ...], range] = {}  # the first number is the sample's
         self.images: list[Tensor] = []
         self.text_rows: dict[str | tuple[str, str], int] = {}
-        owners = maker.index.sample_of(cut.pairs)
-        epochs = cut.epochs.tolist()
-        rows = [self.rows_of(sample, epoch) for sample, epoch in zip(owners.tolist(), epochs, strict=True)]
+        owners, rows = self._read(cut)
         good = np.array([row is not None for row in rows], bool)
         if not good.any():
-            raise DataError(f"all samples of a batch are bad: {', '.join(self.skipped)}")
+            cut = self._substitute(cut)
+            owners, rows = self._read(cut)
+            good = np.ones(1, bool)
         self.owners = owners[good]
         self.own_rows = [row for row in rows if row is not None]
         self.pairs, self.epochs, self.match = cut.pairs[good], cut.epochs[good], cut.match[good]
+
+    def _read(self, cut: Cut) -> tuple[np.ndarray, list[range | None]]:
+        """The sample of each pair, and the rows of its images."""
+        owners = self.maker.index.sample_of(cut.pairs)
+        places = zip(owners.tolist(), cut.epochs.tolist(), strict=True)
+        return owners, [self.rows_of(*place) for place in places]
+
+    def _substitute(self, cut: Cut) -> Cut:
+        """One drawn pair in place of a micro-batch of bad samples alone: no rank can leave out its part of a step."""
+        maker, epochs = self.maker, cut.epochs[:1]
+        for attempt in range(_TRIES if maker.substitute else 0):
+            u = draws.uniforms(maker.seed, "substitute", epochs, cut.pairs[:1], 1, first=attempt)[0]
+            drawn = Cut(maker.index.pair_at((u * maker.index.size).astype(np.int64)), epochs, cut.match[:1])
+            if self._read(drawn)[1][0] is not None:
+                return drawn
+        raise DataError(f"all samples of a batch are bad: {', '.join(self.skipped)}")
 
     def sample(self, number: int) -> Sample | None:
         """The sample, read once a batch; None if it is bad and bad ones are skipped."""

@@ -215,8 +215,13 @@ def test_bad_samples_stop_or_are_left_out(damaged, tokenizer):
     assert "val-000030" not in batch.keys
     whole = maker_of(damaged, tokenizer, targets={"x": Keep()})(cut_of(good))
     assert torch.equal(whole.targets["x"]["marks"], batch.targets["x"]["marks"])  # the rest is not shifted
+    bad = np.nonzero(index.sample_of(np.arange(index.size)) == 3)[0]
     with pytest.raises(DataError, match="all samples of a batch are bad: val-000000.tar"):
-        skipping(cut_of(np.nonzero(index.sample_of(np.arange(index.size)) == 3)[0]))
+        skipping(cut_of(bad))
+    training = maker_of(damaged, tokenizer, on_bad_sample="skip", substitute=True)
+    drawn, again = training(cut_of(bad)), training(cut_of(bad[:1]))
+    assert len(drawn.pairs) == 1 and 3 not in drawn.image_ids.tolist() and drawn.skipped == batch.skipped
+    assert torch.equal(drawn.pair_ids, again.pair_ids) and torch.equal(drawn.images, again.images)
 
 
 def test_an_undecodable_image_is_a_bad_sample(small_dir, tokenizer, monkeypatch):
