@@ -147,7 +147,14 @@ def test_options_reach_the_converter(small_raw, tmp_path, command):
 
 def test_interrupted_and_continued(data_dir, tmp_path):
     command = [sys.executable, "-m", "bt.convert", "source=easy_vqa", f"out_dir={tmp_path}", "shard_size=500"]
-    first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    first = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # A shell has its background jobs ignore the signal, and what they start inherits that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     while not (tmp_path / "train-000000.tar").exists():
         assert first.poll() is None
         time.sleep(0.01)

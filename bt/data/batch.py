@@ -40,11 +40,11 @@ class Batch:
     pairs: Tensor
     image_ids: Tensor
     pair_ids: Tensor
-    second_images: Tensor | None = None
     targets: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     keys: list[str] = field(default_factory=list)
     entries: list[dict[str, Any]] = field(default_factory=list)
     skipped: dict[str, int] = field(default_factory=dict)
+    second_images: Tensor | None = None
 
     def map(self, fn) -> Batch:
         """A copy with `fn` applied to every tensor."""
