@@ -12,7 +12,7 @@ ARGS ?=
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-12s %s\n", $$1, $$2}'
 
-venv: $(VENV)/.installed  ## Make .venv with everything that the other targets need (about 7 GB, 4 to 6 minutes)
+venv: $(VENV)/.installed  ## Make .venv with everything that the other targets need (about 7 GB, 3 to 6 minutes)
 
 $(VENV)/.installed: pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; install Python 3.11 or newer, or give PYTHON=python3.x" >&2; exit 1; }
@@ -23,10 +23,10 @@ $(VENV)/.installed: pyproject.toml
 demo: $(VENV)/.installed  ## Pre-train and fine-tune a small BridgeTower on easy-VQA, report against baselines (under 10 minutes on 2 cores)
 	$(RUN) -m bt.demo $(ARGS)
 
-test: $(VENV)/.installed  ## Run the tests (about 6 minutes on 2 cores)
+test: $(VENV)/.installed  ## Run the tests (about 8 minutes on 2 cores)
 	$(RUN) -m pytest
 
-bench: $(VENV)/.installed  ## Compare speed with transformers' BridgeTower on the same work, base size (about 6 minutes)
+bench: $(VENV)/.installed  ## Compare speed with transformers' BridgeTower on the same work, base size (about 20 minutes)
 	$(RUN) -m bt.bench --out bench.json
 
 lint: $(VENV)/.installed  ## Check style and formatting

@@ -58,7 +58,7 @@ def main() -> None:
         if name not in CASES:
             parser.error(f"--only: there is no {name!r}; allowed are {', '.join(CASES)}")
     threads = torch.get_num_threads()
-    print(f"{len(chosen)} cases, {threads} threads; at base size about 6 minutes for all on two cores")
+    print(f"{len(chosen)} cases, {threads} threads; at base size about 20 minutes for all on two cores")
     results = []
     for name in chosen:
         description, make = CASES[name]
