@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import pickle
 from collections import Counter
 from pathlib import Path
@@ -44,17 +45,21 @@ def classes(collection: Collection, count: int) -> list[str]:
     """`count` classes: the values of the first fact if it has so many, else of the first two together, and so on; of
     more the most frequent ones, of equally frequent ones the first."""
     values = [fact.values for fact in collection.facts.values()]
-    depth = next(d for d in range(1, len(values) + 1) if np.prod([len(v) for v in values[:d]]) >= count)
-    every = [" ".join(combination) for combination in itertools.product(*values[:depth])]
-    number = Counter(" ".join(list(item.facts.values())[:depth]) for item in collection.items)
+    depth = next(d for d in range(1, len(values) + 1) if math.prod(map(len, values[:d])) >= count)
+    every = [", ".join(combination) for combination in itertools.product(*values[:depth])]
+    number = Counter(_class(item, depth) for item in collection.items)
     return sorted(sorted(every, key=lambda name: -number[name])[:count])
+
+
+def _class(item: Item, depth: int) -> str:
+    return ", ".join(list(item.facts.values())[:depth])
 
 
 def _labelled(collection: Collection, names: list[str], *splits: str) -> list[tuple[Item, int]]:
     """The pictures of the classes with their class numbers."""
-    depth = names[0].count(" ") + 1
-    found = ((item, " ".join(list(item.facts.values())[:depth])) for item in collection.of(*splits))
-    return [(item, names.index(name)) for item, name in found if name in names]
+    depth, place = names[0].count(", ") + 1, {name: number for number, name in enumerate(names)}
+    found = ((item, _class(item, depth)) for item in collection.of(*splits))
+    return [(item, place[name]) for item, name in found if name in place]
 
 
 def _batch(found: list[tuple[Item, int]], key: str, label: str) -> dict[str, Any]:

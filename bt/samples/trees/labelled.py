@@ -46,10 +46,19 @@ def nlvr2(collection: Collection, raw_dir: Path, seed: int) -> None:
 def _pairs(collection: Collection, split: str, draw: random.Random) -> Iterator[tuple[Item, Item, str]]:
     """Each picture once on the left, with another that has the same value of a fact as often as not, and the fact."""
     items = collection.of(split)
+    having: dict[tuple[str, str], list[Item]] = {}
+    for item in items:
+        for fact in item.facts.items():
+            having.setdefault(fact, []).append(item)
     for left in items:
         name, same = draw.choice(list(collection.facts)), draw.random() < 0.5
-        fitting = [item for item in items if item is not left and (item.facts[name] == left.facts[name]) == same]
-        yield left, draw.choice(fitting or items), name
+        own = left.facts[name]
+        values = [
+            value for value in collection.facts[name].values if (value == own) == same and (name, value) in having
+        ]
+        fitting = having[name, draw.choice(values or [own])]
+        others = [item for item in draw.sample(fitting, min(2, len(fitting))) if item is not left]
+        yield left, others[0] if others else draw.choice(items), name
 
 
 def snli_ve(collection: Collection, raw_dir: Path, seed: int) -> None:
