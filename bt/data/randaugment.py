@@ -19,6 +19,7 @@ from torchvision.transforms import v2
 Rng = np.random.Generator
 
 GREY = 128  # fill of BlipRandAugment and of TorchvisionRandAugment
+_STRIP = 32  # rows at a time in long computations: they stay in the processor's cache
 
 
 def to_image(pixels: np.ndarray) -> Image.Image:
@@ -126,7 +127,8 @@ def _equalize(pixels: np.ndarray) -> np.ndarray:
 
 def _look_up(pixels: np.ndarray, table: np.ndarray) -> np.ndarray:
     """Float table of 256 values, clipped and cut to whole numbers."""
-    return to_pixels(to_image(pixels).point(table.clip(0, 255).astype(int).tolist() * pixels.shape[2]))
+    found = bytearray(pixels.tobytes()).translate(table.clip(0, 255).astype(np.uint8).tobytes())
+    return np.frombuffer(found, np.uint8).reshape(pixels.shape)
 
 
 # Of red, green, blue. The released code weighs RGB with the weights of BGR: grey levels have red and blue swapped.
@@ -134,7 +136,7 @@ _SWAPPED_WEIGHTS = np.array([0.114, 0.587, 0.299])
 
 
 def _color(pixels: np.ndarray, factor: float) -> np.ndarray:
-    if pixels.shape[2] == 1:
+    if pixels.shape[2] == 1 or factor == 1:
         return pixels
     grey = np.repeat(_SWAPPED_WEIGHTS.astype(np.float32)[:, None], 3, 1)
     mix = (np.eye(3, dtype=np.float32) - grey) * np.float32(factor) + grey
@@ -142,7 +144,9 @@ def _color(pixels: np.ndarray, factor: float) -> np.ndarray:
 
 
 def _contrast(pixels: np.ndarray, factor: float) -> np.ndarray:
-    means = pixels.mean((0, 1))
+    height, width, channels = pixels.shape
+    # By whole rows first: numpy sums along short axes slowly. These are whole numbers, so the mean is that of the pixels.
+    means = pixels.reshape(height, -1).sum(0, dtype=np.int64).reshape(-1, channels).sum(0) / (height * width)
     mean = (means * (_SWAPPED_WEIGHTS if len(means) == 3 else 1)).sum()
     return _look_up(pixels, (np.arange(256) - mean) * factor + mean)
 
@@ -158,22 +162,23 @@ def _sharpness(pixels: np.ndarray, factor: float) -> np.ndarray:
     """
     if factor == 1:
         return pixels
-    p = pixels.astype(np.int32)
-    rows = p[:-2] + p[1:-1] + p[2:]
-    smooth = rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:] + 4 * p[1:-1, 1:-1]
-    smooth = ((2 * smooth + 13) // 26).astype(np.float32)  # of 13 weights in all, rounded
     out = pixels.copy()
-    sharp = smooth + np.float32(factor) * (pixels[1:-1, 1:-1].astype(np.float32) - smooth)
-    out[1:-1, 1:-1] = sharp.astype(np.int32).astype(np.uint8)
+    for row in range(0, len(pixels) - 2, _STRIP):
+        p = pixels[row : row + _STRIP + 2].astype(np.uint16)
+        rows = p[:-2] + p[1:-1] + p[2:]
+        smooth = rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:] + 4 * p[1:-1, 1:-1]
+        smooth = ((2 * smooth + 13) // 26).astype(np.float32)  # of 13 weights in all, rounded
+        sharp = smooth + np.float32(factor) * (p[1:-1, 1:-1] - smooth)
+        out[row + 1 : row + 1 + len(sharp), 1:-1] = sharp.astype(np.int32).astype(np.uint8)
     return out
 
 
 def _blend(first: np.ndarray, second: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """(first * (32 - weight) + second * weight) / 32, rounded; 2-D, in strips that stay in the cache."""
+    """(first * (32 - weight) + second * weight) / 32, rounded; 2-D."""
     out = np.empty(first.shape, np.uint8)
     weight = np.broadcast_to(weight.astype(np.uint16), first.shape)
-    for row in range(0, len(out), 32):
-        strip = slice(row, row + 32)
+    for row in range(0, len(out), _STRIP):
+        strip = slice(row, row + _STRIP)
         mixed = first[strip] * (32 - weight[strip])
         mixed += second[strip] * weight[strip]
         mixed += 16
@@ -237,7 +242,7 @@ def _rotate(pixels: np.ndarray, degrees: float) -> np.ndarray:
     grid = _rotation_grid(*pixels.shape[:2], degrees)
     planes = torch.from_numpy(pixels).permute(2, 0, 1)[None].float().sub_(GREY)  # so that outside is grey
     turned = F.grid_sample(planes, grid, mode="bilinear", padding_mode="zeros", align_corners=False)[0]
-    return turned.add_(GREY + 0.5).permute(1, 2, 0).numpy().astype(np.uint8, order="C")
+    return np.stack(turned.add_(GREY + 0.5).numpy().astype(np.uint8), axis=-1)
 
 
 def blip_operation(name: str, pixels: np.ndarray, level: int, sign: int = 1) -> np.ndarray:

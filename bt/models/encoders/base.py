@@ -57,10 +57,9 @@ def adapt_channels(weight: Tensor, channels: int) -> Tensor:
 def normalize_pixels(images: Tensor, offset: Tensor, scale: Tensor) -> Tensor:
     """(images - offset) * scale of (I, C, H, W) uint8 pixels, as contiguous float32; offset, scale: (C, 1, 1).
 
-    Batches are channels last in memory, where arithmetic with a value for each channel is slow.
+    Batches are channels last in memory, where arithmetic with a value for each channel is slow, as it is between types.
     """
-    planes = torch.empty(images.shape, device=images.device)
-    return torch.sub(images, offset, out=planes).mul_(scale)
+    return images.to(torch.float32, memory_format=torch.contiguous_format).sub_(offset).mul_(scale)
 
 
 class VisionEncoder(nn.Module):
