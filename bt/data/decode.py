@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -20,15 +22,29 @@ UNDECODABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBo
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 
+@contextmanager
+def _as_oserror() -> Iterator[None]:
+    """For readers that report damage as RuntimeError: Pillow's of AVIF, torchvision's.
+
+    It is not among UNDECODABLE, because torch raises it for everything, want of memory included.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(str(error).split("\n")[0]) from None
+
+
 def open_image(data: bytes) -> Image.Image:
     """The image in encoded bytes: its size and mode are known, its pixels not yet read."""
-    return Image.open(io.BytesIO(data))
+    with _as_oserror():
+        return Image.open(io.BytesIO(data))
 
 
 def decode(data: bytes) -> Image.Image:
     """The image in encoded bytes, fully read; raises one of UNDECODABLE if it is damaged."""
     image = open_image(data)
-    image.load()
+    with _as_oserror():
+        image.load()
     return image
 
 
@@ -41,6 +57,8 @@ def convert(image: Image.Image, mode: str) -> Image.Image:
 
     Grey levels of 16 bits keep their upper eight; Pillow alone, and so the official code, makes all above 255 white.
     """
+    with _as_oserror():
+        image.load()
     if image.mode.startswith("I"):  # of 16 bits, also where Pillow gives them 32 (PGM)
         image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     return image.convert(mode)
@@ -52,11 +70,15 @@ def read_jpeg(data: bytes, channels: int) -> Tensor:
     The pixels are those of Pillow (both call libjpeg-turbo) in 0.65 to 0.85 of its time. With other modes, or where RGB
     has to become grey, they would not be. torchvision 0.29, the pinned version, hands this function over to TorchCodec.
     """
+    return read_jpegs([data], channels, torch.device("cpu"))[0]
+
+
+def read_jpegs(files: list[bytes], channels: int, device: torch.device) -> list[Tensor]:
+    """The same for several, on a device; there the decoder is nvJPEG, which may give other pixels."""
     mode = ImageReadMode.RGB if channels == 3 else ImageReadMode.GRAY
-    try:
-        return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=mode)
-    except RuntimeError as error:
-        raise OSError(str(error).split("\n")[0]) from None
+    encoded = [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in files]
+    with _as_oserror():
+        return decode_jpeg(encoded, mode=mode, device=device) if encoded else []
 
 
 def reduce(image: Image.Image, box: Box, width: int, height: int) -> Box:

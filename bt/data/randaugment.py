@@ -145,7 +145,7 @@ def _color(pixels: np.ndarray, factor: float) -> np.ndarray:
 
 def _contrast(pixels: np.ndarray, factor: float) -> np.ndarray:
     height, width, channels = pixels.shape
-    # By whole rows first: numpy sums along short axes slowly. These are whole numbers, so the mean is that of the pixels.
+    # Whole rows first, since numpy is slow along short axes; in whole numbers, so that no order of summing matters.
     means = pixels.reshape(height, -1).sum(0, dtype=np.int64).reshape(-1, channels).sum(0) / (height * width)
     mean = (means * (_SWAPPED_WEIGHTS if len(means) == 3 else 1)).sum()
     return _look_up(pixels, (np.arange(256) - mean) * factor + mean)

@@ -134,3 +134,20 @@ def test_jpeg_at_reduced_scale():
     assert max((whole - reduced).abs().mean() for whole, reduced in crop) < 12
     png = encoded(decode(PHOTO))
     assert torch.equal(make_transform("clip", 60, decode_draft=True)(png), make_transform("clip", 60)(png))
+
+
+def test_damaged_avif_raises_what_is_caught():
+    """Its reader raises RuntimeError, some of the damage when it opens a file, some when it reads the pixels."""
+    whole = bytearray(encoded(photo(), "AVIF"))
+    transform, at = make_transform("clip", 30), []
+    for place in range(len(whole)):
+        data = whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :]
+        try:
+            Image.open(io.BytesIO(data)).load()
+        except RuntimeError:
+            at.append(place)
+            with pytest.raises(OSError):
+                transform(bytes(data))
+        except UNDECODABLE:
+            pass
+    assert len(at) > 10
