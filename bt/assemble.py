@@ -14,11 +14,12 @@ from hydra.utils import get_class
 from bt.config import Config
 from bt.data.collate import BatchMaker
 from bt.data.dataset import Loader, eval_loader, train_loader
+from bt.data.device import DeviceTransform, distance
 from bt.data.mix import MixedPlan
 from bt.data.plan import EvalPlan, PairIndex, TrainPlan, choose_samples
-from bt.data.shards import ShardSet
+from bt.data.shards import BadSample, ShardSet
 from bt.data.text import Tokenizer, load_tokenizer, make_tokenizer
-from bt.data.transforms import make_transform
+from bt.data.transforms import UNDECODABLE, Transform, make_transform
 from bt.engine.distributed import World
 from bt.engine.initial import weights_file
 from bt.errors import CheckpointError, ConfigError
@@ -99,20 +100,13 @@ class Data:
         self.cfg, self.world, self.model, self.tokenizer = cfg, world, model, tokenizer
 
     def maker(self, shards: ShardSet, index: PairIndex, transform: str, seed: int, training: bool) -> BatchMaker:
-        vision, objectives, data = self.model.tower.vision, self.model.objectives, self.cfg.data
+        objectives, data = self.model.objectives, self.cfg.data
         return BatchMaker(
             shards,
             index,
             text_field=self.cfg.task.texts,
             tokenizer=self.tokenizer,
-            transform=make_transform(
-                transform,
-                vision.image_size,
-                vision.channels,
-                randaug=data.randaug,
-                resize=data.resize,
-                decode_draft=data.decode_draft,
-            ),
+            transform=self.transform(transform),
             seed=seed,
             max_text_len=data.max_text_len,
             targets={name: objective.targets for name, objective in objectives.items()},
@@ -120,6 +114,33 @@ class Data:
             on_bad_sample=data.on_bad_sample,
             substitute=training,
         )
+
+    def transform(self, name: str) -> Transform | DeviceTransform:
+        vision, data = self.model.tower.vision, self.cfg.data
+        options = {"randaug": data.randaug, "resize": data.resize, "decode_draft": data.decode_draft}
+        transform = make_transform(name, vision.image_size, vision.channels, **options)
+        return DeviceTransform(transform, self.world.device) if data.decode_on == "device" else transform
+
+    def pixel_note(self, shards: ShardSet, name: str) -> str | None:
+        """How far a transform's pixels are from the official ones, on the first image that can be read.
+
+        None where they are those, and without images.
+        """
+        transform, data = self.transform(name), self.cfg.data
+        if data.resize == "pil" and not data.decode_draft:
+            return None
+        options = (
+            f"data.resize={data.resize}, decode_draft={str(data.decode_draft).lower()}, decode_on={data.decode_on}"
+        )
+        for number in range(min(len(shards), 100)):
+            try:
+                for image in shards.read(number).images.values():
+                    mean, largest = distance(transform, image)
+                    found = f"{mean:.4f} grey levels from the official pixels on average, at most {largest}"
+                    return f"{options}: {found} (the first image)"
+            except (BadSample, *UNDECODABLE):
+                continue
+        return None
 
     def plan(self, shards: ShardSet) -> TrainPlan | MixedPlan:
         data, world = self.cfg.data, self.world

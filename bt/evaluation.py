@@ -107,7 +107,10 @@ def evaluate_weights(cfg: Config, world: World, weights: Path, split: str, out_d
     if world.main:
         log.info(str(loaded))
     model.to(world.device)
-    batches, skipped = Data(cfg, world, model, tokenizer).evaluation(where), Counter()
+    data = Data(cfg, world, model, tokenizer)
+    if world.main and (note := data.pixel_note(shards, cfg.data.eval_transform)):
+        log.info(note)
+    batches, skipped = data.evaluation(where), Counter()
     metrics, predictions = measure(model, batches, world, split, cfg.trainer.precision, skipped)
     bad = f"{skipped.total()} of {batches.images} images are bad: {', '.join(sorted(skipped))}"
     if skipped.total() > cfg.data.max_bad_share * batches.images:

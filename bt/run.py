@@ -122,6 +122,8 @@ class Training:
         for objective in self.model.objectives.values():
             if note := objective.note(self.cfg.global_batch // (ranks * parts), ranks, parts):
                 self.say(note)
+        if self.world.main and (note := self.data.pixel_note(self.train_set, self.cfg.data.train_transform)):
+            self.say(note)
         mirror = self.mirror()
         self.progress = Progress(total, step, shown=self.world.main)
         try:

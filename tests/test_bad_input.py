@@ -55,6 +55,11 @@ def test_image_size_that_the_patch_does_not_divide(command, few_dir):
     one_line(command(*RUN, f"data.dir={few_dir}", "encoder.vision.image_size=33"), "image_size=33", "32 and 48")
 
 
+def test_decoding_on_the_device_by_the_exact_route(command, few_dir):
+    result = command(*RUN, f"data.dir={few_dir}", "data.decode_on=device")
+    one_line(result, "data.decode_on=device needs data.resize=fast and data.decode_draft=false")
+
+
 def test_batch_that_does_not_divide(command, few_dir):
     result = command(*RUN, f"data.dir={few_dir}", "global_batch=10", "trainer.micro_batch=4")
     one_line(result, "global_batch=10", "8 and 12")

@@ -57,6 +57,7 @@ class DataConfig:
     randaug: str = option("official", choices=["official", "torchvision"])
     resize: str = option("pil", choices=["pil", "fast"])
     decode_draft: bool = False
+    decode_on: str = option("cpu", choices=["cpu", "device"])
     workers: int = option(2, low=0)
     prefetch: int = option(4, low=1)
     on_bad_sample: str = option("fail", choices=["fail", "skip"])
@@ -198,6 +199,8 @@ def check_run(cfg: Config) -> None:
         splits = splits if isinstance(splits, list) else [splits]
         if not splits or not all(isinstance(name, str) and name for name in splits):
             raise ConfigError(f"data.{key}={getattr(cfg.data, key)} must be a split or a list of splits")
+    if cfg.data.decode_on == "device" and (cfg.data.resize != "fast" or cfg.data.decode_draft):
+        raise ConfigError("data.decode_on=device needs data.resize=fast and data.decode_draft=false")
     if cfg.data.weights is not None and len(cfg.data.weights) != len(dirs):
         raise ConfigError(f"data.weights={cfg.data.weights} needs one weight for each of the {len(dirs)} in data.dir")
     if cfg.trainer.epochs is None and cfg.trainer.max_steps is None:

@@ -25,7 +25,8 @@ class Batch:
     """One micro-batch of one rank.
 
     images: (images, channels, height, width) uint8, channels last in memory, normalised on the device by the vision
-    encoder. A sample has a row for each way in which a random transform drew it.
+    encoder. A sample has a row for each way in which a random transform drew it. With data.decode_on=device they are
+    Pending (bt.data.device) until they leave the Loader.
     texts: the unique texts. pairs: (pairs, 2) int64, rows of `images` and of `texts` that belong together; -1 where a
     data set has texts or images alone. second_images: (pairs,) int64, rows of the second images where samples have two.
     image_ids: (images,) int64, the sample's number in the split, equal on all ranks, so that "the same

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from bt.data import draws
 from bt.data.batch import Batch
+from bt.data.device import DeviceTransform, Encoded
 from bt.data.draft import Draft, Needs
 from bt.data.plan import Cut, PairIndex
 from bt.data.shards import BadSample, Sample, ShardSet
 from bt.data.text import Tokenizer
-from bt.data.transforms import UNDECODABLE, Transform, stack_images
+from bt.data.transforms import UNDECODABLE, Transform
 from bt.errors import ConfigError, DataError
 
 _TRIES = 1000  # redraws of a false image before giving up
@@ -40,7 +41,7 @@ class BatchMaker:
         *,
         text_field: str | None,
         tokenizer: Tokenizer,
-        transform: Transform,
+        transform: Transform | DeviceTransform,
         seed: int,
         max_text_len: int = 50,
         targets: Mapping[str, TargetMaker] | None = None,
@@ -72,7 +73,7 @@ class _Assembly:
         self.skipped: Counter[str] = Counter()
         self.samples: dict[int, Sample | None] = {}
         self.image_rows: dict[tuple[int, ...], range] = {}  # the first number is the sample's
-        self.images: list[Tensor] = []
+        self.images: list[Tensor | Encoded] = []
         self.text_rows: dict[str | tuple[str, str], int] = {}
         owners, rows = self._read(cut)
         good = np.array([row is not None for row in rows], bool)
@@ -238,7 +239,7 @@ class _Assembly:
             uniform=self.uniform,
         )
         return Batch(
-            images=stack_images(self.images) if self.images else self.maker.transform.none(),
+            images=self.maker.transform.stack(self.images),
             texts=tokens,
             pairs=torch.from_numpy(pairs),
             image_ids=torch.from_numpy(image_ids),

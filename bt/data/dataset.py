@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,9 +13,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from bt.data.batch import Batch
 from bt.data.collate import BatchMaker
+from bt.data.device import Pending
 from bt.data.mix import MixedPlan
 from bt.data.plan import EvalPlan, TrainPlan
 from bt.data.shards import BadSample
+from bt.data.transforms import UNDECODABLE
 from bt.errors import DataError, UserError
 
 
@@ -36,6 +40,20 @@ class BatchDataset(Dataset):
             return self.maker(self.plan.cut(position))
         except UserError as error:
             return _Failure(DataError if isinstance(error, BadSample) else type(error), str(error))
+
+    def finish(self, position: int, batch: Batch) -> Batch | _Failure:
+        """The batch of a worker with its images decoded on the device, where they were left to it.
+
+        If one cannot be, the batch is made anew on the CPU, which finds the bad sample before pairs are drawn.
+        """
+        if not isinstance(batch.images, Pending):
+            return batch
+        try:
+            return dataclasses.replace(batch, images=self.maker.transform.finish(batch.images))
+        except UNDECODABLE:
+            maker = copy.copy(self.maker)
+            maker.transform = maker.transform.cpu
+            return BatchDataset(self.plan, maker)[position]
 
 
 def _start_worker(_: int) -> None:
@@ -79,7 +97,9 @@ class Loader:
         return len(self._loader.dataset.plan.index.samples)
 
     def __iter__(self) -> Iterator[Batch]:
-        for item in self._loader:
+        for position, item in zip(self.positions, self._loader, strict=True):
+            if isinstance(item, Batch):
+                item = self._loader.dataset.finish(position, item)
             if isinstance(item, _Failure):
                 raise item.kind(item.message)
             yield item

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,11 +67,16 @@ _PIL_OPS: dict[str, tuple[Callable[[Image.Image, float], Image.Image], float, fl
 }
 
 
+def pil_value(name: str, level: int, negative: bool = False) -> float:
+    """What an operation of PilRandAugment is done with at a level; `negative` where a drawn sign is minus."""
+    _, low, high, _ = _PIL_OPS[name]
+    value = level / 30 * (high - low) + low
+    return -value if negative else value
+
+
 def pil_operation(name: str, image: Image.Image, level: int, negative: bool = False) -> Image.Image:
     """One operation of PilRandAugment at a level; `negative` turns the sign of those whose sign is drawn."""
-    function, low, high, _ = _PIL_OPS[name]
-    value = level / 30 * (high - low) + low
-    return function(image, -value if negative else value)
+    return _PIL_OPS[name][0](image, pil_value(name, level, negative))
 
 
 @dataclass(frozen=True)
@@ -90,12 +96,12 @@ class PilRandAugment:
     def __call__(self, pixels: np.ndarray, rng: Rng) -> np.ndarray:
         return to_pixels(self.image(to_image(pixels), rng))
 
-    def image(self, image: Image.Image, rng: Rng) -> Image.Image:
-        """The same on an RGB or L image of any size."""
+    def image(self, image: Any, rng: Rng, operation: Callable[..., Any] = pil_operation) -> Any:
+        """The same on an RGB or L image of any size, or on what else `operation` takes and gives."""
         names = list(_PIL_OPS)
         for number in rng.integers(len(names), size=2):
             signed = _PIL_OPS[names[number]][3]
-            image = pil_operation(names[number], image, self.level, signed and rng.random() > 0.5)
+            image = operation(names[number], image, self.level, signed and rng.random() > 0.5)
         return image
 
 
@@ -108,17 +114,17 @@ def _auto_contrast(pixels: np.ndarray) -> np.ndarray:
     The released code negates the minimum as an unsigned byte, which makes the offset too large. PIL's autocontrast,
     which was meant, stretches every channel.
     """
-    tables = []
-    for low, high in np.reshape(to_image(pixels).getextrema(), (-1, 2)).tolist():
-        if low == high:
-            tables += range(256)
-        elif low > 0:
-            tables += [255] * 256
-        else:
-            tables += np.minimum(np.arange(256) * (255 / high), 255).astype(int).tolist()
-    if tables == list(range(256)) * pixels.shape[2]:
+    tables = [contrast_table(*extrema) for extrema in np.reshape(to_image(pixels).getextrema(), (-1, 2)).tolist()]
+    if all(table == list(range(256)) for table in tables):
         return pixels
-    return to_pixels(to_image(pixels).point(tables))
+    return to_pixels(to_image(pixels).point(sum(tables, [])))
+
+
+def contrast_table(low: int, high: int) -> list[int]:
+    """What AutoContrast makes of each value of a channel with that minimum and maximum."""
+    if low == high:
+        return list(range(256))
+    return [255] * 256 if low > 0 else np.minimum(np.arange(256) * (255 / high), 255).astype(int).tolist()
 
 
 def _equalize(pixels: np.ndarray) -> np.ndarray:
@@ -132,13 +138,13 @@ def _look_up(pixels: np.ndarray, table: np.ndarray) -> np.ndarray:
 
 
 # Of red, green, blue. The released code weighs RGB with the weights of BGR: grey levels have red and blue swapped.
-_SWAPPED_WEIGHTS = np.array([0.114, 0.587, 0.299])
+SWAPPED_WEIGHTS = np.array([0.114, 0.587, 0.299])
 
 
 def _color(pixels: np.ndarray, factor: float) -> np.ndarray:
     if pixels.shape[2] == 1 or factor == 1:
         return pixels
-    grey = np.repeat(_SWAPPED_WEIGHTS.astype(np.float32)[:, None], 3, 1)
+    grey = np.repeat(SWAPPED_WEIGHTS.astype(np.float32)[:, None], 3, 1)
     mix = (np.eye(3, dtype=np.float32) - grey) * np.float32(factor) + grey
     return np.matmul(pixels, mix).clip(0, 255).astype(np.uint8)
 
@@ -147,7 +153,7 @@ def _contrast(pixels: np.ndarray, factor: float) -> np.ndarray:
     height, width, channels = pixels.shape
     # Whole rows first, since numpy is slow along short axes; in whole numbers, so that no order of summing matters.
     means = pixels.reshape(height, -1).sum(0, dtype=np.int64).reshape(-1, channels).sum(0) / (height * width)
-    mean = (means * (_SWAPPED_WEIGHTS if len(means) == 3 else 1)).sum()
+    mean = (means * (SWAPPED_WEIGHTS if channels == 3 else 1)).sum()
     return _look_up(pixels, (np.arange(256) - mean) * factor + mean)
 
 
@@ -225,24 +231,37 @@ def _translate(pixels: np.ndarray, x: int, y: int) -> np.ndarray:
 
 
 @lru_cache(maxsize=4)
-def _rotation_grid(height: int, width: int, degrees: float) -> torch.Tensor:
-    """(1, height, width, 2) for grid_sample: where OpenCV's warpAffine reads for that rotation, in 1/32 pixels."""
-    cos, sin = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+def _grid(height: int, width: int, a: float, b: float, c: float, d: float, e: float, f: float) -> torch.Tensor:
+    """(1, height, width, 2) for grid_sample: where OpenCV's warpAffine reads, in 1/32 pixels.
+
+    Pixel (x, y) is taken from (a x + b y + c, d x + e y + f).
+    """
     x, y = np.arange(width), np.arange(height)[:, None]
-    # The centre is (width / 2, height / 2) counted between pixel centres, half a pixel off the middle.
-    cx, cy = width / 2, height / 2
-    at_x = np.round(cos * x * 1024) + np.round((-sin * y + cx - cos * cx + sin * cy) * 1024) + 16
-    at_y = np.round(sin * x * 1024) + np.round((cos * y + cy - sin * cx - cos * cy) * 1024) + 16
+    at_x = np.round(a * x * 1024) + np.round((b * y + c) * 1024) + 16
+    at_y = np.round(d * x * 1024) + np.round((e * y + f) * 1024) + 16
     steps = np.stack([(at_x + 0 * y) // 32, (at_y + 0 * x) // 32], -1) / 32
     grid = (2 * steps + 1) / np.array([width, height]) - 1
     return torch.from_numpy(grid.astype(np.float32))[None]
 
 
+def warp(pixels: torch.Tensor, *matrix: float) -> torch.Tensor:
+    """(channels, height, width) uint8 -> float values, not yet cut; matrix: see _grid."""
+    grid = _grid(*pixels.shape[1:], *matrix).to(pixels.device)
+    planes = pixels[None].float().sub_(GREY)  # so that outside is grey
+    return F.grid_sample(planes, grid, mode="bilinear", padding_mode="zeros", align_corners=False)[0].add_(GREY + 0.5)
+
+
+def rotation(height: int, width: int, degrees: float) -> tuple[float, ...]:
+    """The matrix for `warp`."""
+    cos, sin = np.cos(np.radians(degrees)).item(), np.sin(np.radians(degrees)).item()
+    # The centre is (width / 2, height / 2) counted between pixel centres, half a pixel off the middle.
+    cx, cy = width / 2, height / 2
+    return cos, -sin, cx - cos * cx + sin * cy, sin, cos, cy - sin * cx - cos * cy
+
+
 def _rotate(pixels: np.ndarray, degrees: float) -> np.ndarray:
-    grid = _rotation_grid(*pixels.shape[:2], degrees)
-    planes = torch.from_numpy(pixels).permute(2, 0, 1)[None].float().sub_(GREY)  # so that outside is grey
-    turned = F.grid_sample(planes, grid, mode="bilinear", padding_mode="zeros", align_corners=False)[0]
-    return np.stack(turned.add_(GREY + 0.5).numpy().astype(np.uint8), axis=-1)
+    turned = warp(torch.from_numpy(pixels).permute(2, 0, 1), *rotation(*pixels.shape[:2], degrees))
+    return np.stack(turned.numpy().astype(np.uint8), axis=-1)
 
 
 def blip_operation(name: str, pixels: np.ndarray, level: int, sign: int = 1) -> np.ndarray:
@@ -306,12 +325,12 @@ class BlipRandAugment:
     level: int
     colour: bool = False
 
-    def __call__(self, pixels: np.ndarray, rng: Rng) -> np.ndarray:
+    def __call__(self, pixels: Any, rng: Rng, operation: Callable[..., Any] = blip_operation) -> Any:
         names = PLAIN_OPS + COLOUR_OPS if self.colour else PLAIN_OPS
         for number in rng.integers(len(names), size=2):
             if rng.random() < 0.5:
                 sign = 1 if names[number] not in _GEOMETRY or rng.random() < 0.5 else -1
-                pixels = blip_operation(names[number], pixels, self.level, sign)
+                pixels = operation(names[number], pixels, self.level, sign)
         return pixels
 
 
@@ -334,10 +353,14 @@ class TorchvisionRandAugment:
         self.transform = (v2.RandAugment if colour else _Plain)(2, magnitude, 31, fill=GREY)
 
     def __call__(self, pixels: np.ndarray, rng: Rng) -> np.ndarray:
+        return to_pixels(self.image(to_image(pixels), rng))
+
+    def image(self, image: Any, rng: Rng) -> Any:
+        """The same on an image or a tensor (channels, height, width)."""
         # It draws from torch's global generator, which is lent a state of its own.
         state = torch.get_rng_state()
         torch.default_generator.manual_seed(int(rng.integers(2**62)))
         try:
-            return to_pixels(self.transform(to_image(pixels)))
+            return self.transform(image)
         finally:
             torch.set_rng_state(state)

@@ -10,8 +10,9 @@ not flip; take them where texts speak of sides.
 
 from __future__ import annotations
 
+import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -154,15 +155,25 @@ class Transform:
             return pixels
         return torch.from_numpy(self.last(pixels.permute(1, 2, 0).numpy(), rng)).permute(2, 0, 1)
 
-    def none(self) -> Tensor:
-        """No images, for batches of texts alone."""
-        return torch.empty(0, self.channels, self.size, self.size, dtype=torch.uint8)
+    def plain(self) -> Transform:
+        """The same without chance: the whole image in place of a random crop, no flip, no augmentation."""
+        other = copy.copy(self)
+        fit = "squash" if self.chain.fit == "crop" else self.chain.fit
+        other.chain = replace(self.chain, fit=fit, flip=False, augment=None, native=False)
+        other.first, other.last, other.random = None, None, False
+        return other
+
+    def stack(self, images: list[Tensor]) -> Tensor:
+        """The images of a batch, (images, channels, image_size, image_size); none for batches of texts alone."""
+        if not images:
+            return torch.empty(0, self.channels, self.size, self.size, dtype=torch.uint8)
+        return stack_images(images)
 
     def _square(self, image: Image.Image, data: bytes | None, box: Box, rng: np.random.Generator | None) -> Tensor:
         """The box, resized; data: the encoded bytes if the image may be read from them."""
         alpha = self.chain.alpha and self.mode == "RGB" and has_alpha(image)
         if self.fast and data and image.format == "JPEG" and image.mode == self.mode and self.first is None:
-            return self._fast(read_jpeg(data, self.channels), box)
+            return self.resized(read_jpeg(data, self.channels), box)
         if alpha:
             # The official chain resizes RGBA, which Pillow does with colours multiplied by alpha, and drops alpha last.
             # For opaque images that is the same as RGB.
@@ -171,7 +182,7 @@ class Transform:
         image = convert(image, self.mode)
         if self.first is not None:
             image = self.first.image(image, rng)
-        return self._fast(_tensor(image), box) if self.fast else _tensor(self._exact(image, box))
+        return self.resized(_tensor(image), box) if self.fast else _tensor(self._exact(image, box))
 
     def _exact(self, image: Image.Image, box: Box) -> Image.Image:
         if box != (0, 0, *image.size):
@@ -181,7 +192,8 @@ class Transform:
             image = resize(image, width, height)
         return image.crop(self._centre(width, height)) if width != height else image
 
-    def _fast(self, pixels: Tensor, box: Box) -> Tensor:
+    def resized(self, pixels: Tensor, box: Box) -> Tensor:
+        """The square of the box of (channels, height, width) uint8, by torchvision's kernel."""
         pixels = _crop(pixels, box)
         height, width = pixels.shape[1:]
         target = self._target((width, height))
