@@ -64,18 +64,28 @@ def build_model(
             # A pre-trained encoder has the rows of its own configuration, which can be more than the tokenizer's.
             encoder["text"]["pretrained"], vocab_size = False, None
         encoder["vision"] = without_weights(encoder["vision"])
-    tower = build_tower(encoder, cfg.bridge, cfg.cross, vocab_size=vocab_size, pad_id=tokenizer.pad_id)
+    kinds = {name: get_class(node["_target_"]) for name, node in cfg.task.objectives.items()}
+    tower = build_tower(
+        encoder,
+        cfg.bridge,
+        cfg.cross,
+        vocab_size=vocab_size,
+        pad_id=tokenizer.pad_id,
+        token_types=max(kind.token_types for kind in kinds.values()),
+    )
     if cfg.data.max_text_len > tower.text.max_positions:
         raise ConfigError(
             f"data.max_text_len={cfg.data.max_text_len}: encoder.text takes at most {tower.text.max_positions} tokens"
         )
     context = Context(tower.width, tower.text.width, tower.vision.width, tokenizer, labels)
-    objectives = {
-        name: get_class(node["_target_"])(context, **{key: value for key, value in node.items() if key != "_target_"})
-        for name, node in cfg.task.objectives.items()
-    }
+    objectives = {name: kind(context, **_arguments(cfg.task.objectives[name])) for name, kind in kinds.items()}
+    evaluators = {name: get_class(node["_target_"])(**_arguments(node)) for name, node in cfg.task.evaluators.items()}
     tower.set_gradient_checkpointing(cfg.trainer.gradient_checkpointing)
-    return TaskModel(tower, objectives)
+    return TaskModel(tower, objectives, evaluators, cfg.task.batch_metrics)
+
+
+def _arguments(node: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in node.items() if key != "_target_"}
 
 
 def without_weights(vision: Mapping[str, Any]) -> dict[str, Any]:
@@ -145,7 +155,8 @@ class Data:
     def plan(self, shards: ShardSet) -> TrainPlan | MixedPlan:
         data, world = self.cfg.data, self.world
         per_rank, remainder = divmod(self.cfg.global_batch, world.size)
-        micro = self.cfg.trainer.micro_batch or max(per_rank, 1)
+        # At most: many ranks have fewer pairs each than fit into the memory of one.
+        micro = max(min(self.cfg.trainer.micro_batch or per_rank, per_rank), 1)
         if remainder or per_rank % micro:
             unit = world.size * micro
             below = self.cfg.global_batch // unit * unit

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,12 @@ from bt.data.shards import ShardSet
 from bt.data.text import make_tokenizer
 from bt.engine import distributed, report
 from bt.engine.distributed import World
+from bt.engine.evaluate import evaluate
 from bt.engine.initial import load_weights, weights_file
 from bt.engine.progress import table
 from bt.errors import CheckpointError, ConfigError, DataError
-from bt.run import measure, set_numerics, write_predictions
+from bt.run import set_numerics, write_predictions
+from bt.tasks.base import Measuring
 
 log = logging.getLogger("bt")
 
@@ -110,8 +111,11 @@ def evaluate_weights(cfg: Config, world: World, weights: Path, split: str, out_d
     data = Data(cfg, world, model, tokenizer)
     if world.main and (note := data.pixel_note(shards, cfg.data.eval_transform)):
         log.info(note)
-    batches, skipped = data.evaluation(where), Counter()
-    metrics, predictions = measure(model, batches, world, split, cfg.trainer.precision, skipped)
+    batches = data.evaluation(where)
+    identity = f"{weights.resolve()} {weights.stat().st_mtime_ns} {config_hash(cfg)} {split}"
+    how = Measuring(split, cfg.trainer.precision, out_dir / ".evaluation", identity, cfg.eval.cache_bytes)
+    measured = evaluate(model, batches, world, how, predictions=True)
+    metrics, skipped = measured.metrics, measured.skipped
     bad = f"{skipped.total()} of {batches.images} images are bad: {', '.join(sorted(skipped))}"
     if skipped.total() > cfg.data.max_bad_share * batches.images:
         raise DataError(f"{bad}; data.max_bad_share={cfg.data.max_bad_share}")
@@ -127,7 +131,10 @@ def evaluate_weights(cfg: Config, world: World, weights: Path, split: str, out_d
             **report.git_state(),
         }
         written = report.write_report(out_dir, content, f"evaluation-{split}.json")
-        write_predictions(out_dir / f"predictions-{split}.jsonl", predictions)
-        print(table(list(metrics.items()), (f"{weights.parent.name} on {split}", "value")))
+        write_predictions(out_dir, split, model.objectives, measured)
+        if metrics:
+            print(table(list(metrics.items()), (f"{weights.parent.name} on {split}", "value")))
+        else:
+            log.info(f"{split} has no labels: its predictions are in {out_dir}")
         log.info(f"written: {written}")
     return metrics.get(cfg.task.metric.replace("/val/", f"/{split}/"))

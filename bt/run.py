@@ -8,9 +8,7 @@ import logging
 import os
 import statistics
 import time
-from collections import Counter
 from collections.abc import Mapping
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +20,14 @@ from bt.data.dataset import Loader
 from bt.data.shards import ShardSet
 from bt.engine import checkpoint, distributed, report
 from bt.engine.distributed import World
+from bt.engine.evaluate import Measured, evaluate
 from bt.engine.initial import load_weights
-from bt.engine.loop import NonFiniteLoss, StepReport, Stopped, Trainer, evaluate, fit
+from bt.engine.loop import NonFiniteLoss, StepReport, Stopped, Trainer, fit
 from bt.engine.optimizer import build_optimizer, make_schedule
 from bt.engine.progress import Progress, table
 from bt.engine.tracking import Journal, Mirror
 from bt.errors import ConfigError, DataError, UserError
-from bt.tasks.base import TaskModel
+from bt.tasks.base import Measuring
 
 log = logging.getLogger("bt")
 DEFAULT_THREADS = torch.get_num_threads()
@@ -56,17 +55,12 @@ class Training:
         steps = [self.plan.steps(cfg.trainer.epochs)] if cfg.trainer.epochs else []
         self.total_steps = min(steps + ([cfg.trainer.max_steps] if cfg.trainer.max_steps else []))
         self.best: dict[str, Any] | None = None
+        self.stale = 0  # evaluations since the best one
         self.seconds = 0.0  # of earlier starts of this run
         self.images_seen, self.images_skipped = 0, 0
 
     def evaluates(self) -> bool:
-        cfg = self.cfg
-        if cfg.eval.every_steps is None and cfg.eval.every_epochs is None:
-            return False
-        if cfg.task.metric.split("/")[:2] not in [[name, "val"] for name in cfg.task.objectives]:
-            allowed = ", ".join(f"{name}/val/..." for name in cfg.task.objectives)
-            raise ConfigError(f"task.metric={cfg.task.metric} is measured by no objective: allowed are {allowed}")
-        return True
+        return self.cfg.eval.every_steps is not None or self.cfg.eval.every_epochs is not None
 
     def prepare(self) -> None:
         """Loads weights, makes the run's directory (rank 0), and goes to the step to start from."""
@@ -97,7 +91,7 @@ class Training:
         if state:
             self.trainer.step = state["step"]
             self.trainer.scaler.load_state_dict(state["scaler"])
-            self.best, self.seconds = state["best"], state["seconds"]
+            self.best, self.stale, self.seconds = state["best"], state["stale"], state["seconds"]
             self.images_seen, self.images_skipped = state["images_seen"], state["images_skipped"]
         if self.world.main:
             self.journal.cut(self.trainer.step)
@@ -127,17 +121,18 @@ class Training:
         mirror = self.mirror()
         self.progress = Progress(total, step, shown=self.world.main)
         try:
-            fit(
-                self.trainer,
-                self.data.train(self.train_set, self.plan, step, total),
-                total_steps=total,
-                accumulation=self.plan.accumulation,
-                global_batch=self.cfg.global_batch,
-                epoch_pairs=self.plan.pairs_per_epoch,
-                log_every=self.cfg.trainer.log_every,
-                on_log=self.on_log,
-                after_step=self.after_step,
-            )
+            if not self.out_of_patience():
+                fit(
+                    self.trainer,
+                    self.data.train(self.train_set, self.plan, step, total),
+                    total_steps=total,
+                    accumulation=self.plan.accumulation,
+                    global_batch=self.cfg.global_batch,
+                    epoch_pairs=self.plan.pairs_per_epoch,
+                    log_every=self.cfg.trainer.log_every,
+                    on_log=self.on_log,
+                    after_step=self.after_step,
+                )
             self.progress.close()
             metrics = self.final_metrics()
         except BaseException as error:
@@ -180,7 +175,8 @@ class Training:
         if reasons and self.world.main:
             log.warning(f"left out bad images: {shown}")
 
-    def after_step(self, step: int, stop: bool) -> None:
+    def after_step(self, step: int, stop: bool) -> bool:
+        """Evaluates and saves where it is time to; False ends the training."""
         if self.world.main:
             self.progress.step(step)
         cfg, last = self.cfg.checkpoint, step == self.total_steps
@@ -195,6 +191,13 @@ class Training:
             self.save()
         if stop and not last:
             raise Stopped(f"stopped by a signal after step {step}; the same command goes on from there")
+        if self.out_of_patience():
+            self.say(f"no better evaluation in {self.stale} in a row (eval.patience): training ends at step {step}")
+            return False
+        return True
+
+    def out_of_patience(self) -> bool:
+        return self.cfg.eval.patience is not None and self.stale >= self.cfg.eval.patience
 
     def is_evaluation(self, step: int) -> bool:
         every, cfg = self.cfg.eval.every_steps, self.cfg
@@ -205,16 +208,16 @@ class Training:
 
     def evaluate(self, step: int) -> bool:
         """Evaluates on the validation split; True if it is the best so far."""
-        cfg, skipped = self.cfg, Counter()
+        cfg = self.cfg
         self.trainer.check_finite()
-        precision = cfg.trainer.precision
-        metrics = evaluate(self.model, self.validation, self.world, split="val", precision=precision, skipped=skipped)
-        self.check_skipped(skipped, skipped.total(), self.validation.images)
+        metrics = self.measure(self.validation, "val", f"step {step}").metrics
         if cfg.task.metric not in metrics:
-            raise ConfigError(f"task.metric={cfg.task.metric} was not measured: there are {', '.join(metrics)}")
+            found = f"there are {', '.join(metrics)}" if metrics else "the split has no labels"
+            raise ConfigError(f"task.metric={cfg.task.metric} was not measured: {found}")
         value = metrics[cfg.task.metric]
         sign = 1 if cfg.task.mode == "max" else -1
         best = self.best is None or sign * value > sign * self.best["value"]
+        self.stale = 0 if best else self.stale + 1
         if best:
             self.best = {"metric": cfg.task.metric, "value": value, "step": step, "metrics": metrics}
         if self.world.main:
@@ -231,6 +234,7 @@ class Training:
                 "config": self.cfg.recorded,
                 "scaler": self.trainer.scaler.state_dict(),
                 "best": self.best,
+                "stale": self.stale,
                 "seconds": self.elapsed(),
                 "images_seen": self.images_seen,
                 "images_skipped": self.images_skipped,
@@ -260,17 +264,29 @@ class Training:
             self.model.load_state_dict(weights)
         metrics = dict(self.best["metrics"]) if self.best else {}
         if self.test is not None:
-            skipped: Counter = Counter()
-            precision = self.cfg.trainer.precision
-            measured, predictions = measure(self.model, self.test, self.world, "test", precision, skipped)
-            self.check_skipped(skipped, skipped.total(), self.test.images)
-            metrics |= measured
+            weights = f"step {self.best['step'] if self.best else self.trainer.step}"
+            measured = self.measure(self.test, "test", weights, predictions=True)
+            metrics |= measured.metrics
             if self.world.main:
                 # A run that was killed here before has this line already.
-                if not any(record.keys() >= measured.keys() for record in self.journal.records()):
-                    self.journal.append({"step": self.trainer.step, **measured})
-                write_predictions(self.run_dir / "predictions-test.jsonl", predictions)
+                known = any(record.keys() >= measured.metrics.keys() for record in self.journal.records())
+                if measured.metrics and not known:
+                    self.journal.append({"step": self.trainer.step, **measured.metrics})
+                write_predictions(self.run_dir, "test", self.model.objectives, measured)
         return metrics
+
+    def measure(self, batches: Loader, split: str, weights: str, predictions: bool = False) -> Measured:
+        """Measures a split; stops where too much of it is bad. weights: tells apart what the model holds by then."""
+        how = Measuring(
+            split,
+            self.cfg.trainer.precision,
+            self.run_dir / ".evaluation",
+            f"{weights} {split}",
+            self.cfg.eval.cache_bytes,
+        )
+        measured = evaluate(self.model, batches, self.world, how, predictions=predictions)
+        self.check_skipped(measured.skipped, measured.skipped.total(), batches.images)
+        return measured
 
     def report(self, metrics: dict[str, float], mirror: Mirror) -> None:
         """report.json, the curves, the end of the tracked run, and a table."""
@@ -301,25 +317,17 @@ class Training:
         self.say(f"finished; {written}")
 
 
-def measure(
-    model: TaskModel, batches: Loader, world: World, split: str, precision: str, skipped: Counter
-) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Metrics as "task/split/metric", and the predictions of all ranks in the split's order.
-
-    split: how it is called in the metrics' names. skipped: see evaluate.
-    """
-    made: list[list[dict[str, Any]]] = []
-    metrics = evaluate(model, batches, world, split=split, precision=precision, predictions=made, skipped=skipped)
-    # Rank r had the batches r, r + ranks, ...
-    rounds = zip_longest(*distributed.gather_objects(made), fillvalue=[])
-    return metrics, [row for batches_of_round in rounds for batch in batches_of_round for row in batch]
-
-
-def write_predictions(path: Path, predictions: list[dict[str, Any]]) -> None:
-    if predictions:
-        temporary = path.with_name(f".{path.name}")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in predictions))
-        temporary.replace(path)
+def write_predictions(folder: Path, split: str, objectives: Mapping[str, Any], measured: Measured) -> None:
+    """predictions-<split>.jsonl of all objectives, and what files they make of theirs, each whole or not at all."""
+    rows = [row for found in measured.rows.values() for row in found]
+    files = {f"predictions-{split}.jsonl": "".join(json.dumps(row) + "\n" for row in rows)} if rows else {}
+    for name, found in measured.rows.items():
+        made = objectives[name].files(found, split) if found else {}
+        files |= {file: json.dumps(value) + "\n" for file, value in made.items()}
+    for file, text in files.items():
+        temporary = folder / f".{file}"
+        temporary.write_text(text)
+        temporary.replace(folder / file)
 
 
 def set_numerics(cfg: Config) -> None:

@@ -35,6 +35,8 @@ class EncoderConfig:
 class TaskConfig:
     texts: str | None = "captions"
     objectives: dict[str, Any] = option({})
+    evaluators: dict[str, Any] = option({})
+    batch_metrics: bool = True
     metric: str = MISSING
     mode: str = option("max", choices=["max", "min"])
 
@@ -109,6 +111,8 @@ class EvalConfig:
     every_steps: int | None = option(None, low=1)
     batch: int = option(256, low=1)
     max_samples: int | None = option(None, low=1)
+    patience: int | None = option(None, low=1)
+    cache_bytes: int = option(4_000_000_000, low=0)
     test: bool = True
 
 
@@ -212,3 +216,11 @@ def check_run(cfg: Config) -> None:
         raise ConfigError(f"optimizer.end_lr={cfg.optimizer.end_lr} is out of range: must be at most optimizer.lr")
     if not cfg.task.objectives:
         raise ConfigError("task.objectives is empty: nothing would be trained")
+    if not cfg.task.batch_metrics and not cfg.task.evaluators:
+        raise ConfigError("task.batch_metrics=false without task.evaluators: nothing would be measured")
+    measured = [*cfg.task.objectives] if cfg.task.batch_metrics else []
+    if cfg.task.metric.split("/")[:2] not in [[name, "val"] for name in (*measured, *cfg.task.evaluators)]:
+        allowed = ", ".join(f"{name}/val/..." for name in (*measured, *cfg.task.evaluators))
+        raise ConfigError(
+            f"task.metric={cfg.task.metric} is measured by no objective or evaluator: allowed are {allowed}"
+        )

@@ -92,6 +92,8 @@ def check_model_targets(cfg: Any) -> None:
     check_target(cfg.cross, "cross")
     for name, node in cfg.task.objectives.items():
         check_target(node, f"task.objectives.{name}", first_given=True)
+    for name, node in cfg.task.evaluators.items():
+        check_target(node, f"task.evaluators.{name}")
 
 
 def _hints(target: Any) -> dict[str, Any]:

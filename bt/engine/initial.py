@@ -21,12 +21,14 @@ PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 class Loaded:
     """What a start from other weights did.
 
-    source: the file read. reused: objectives whose heads were taken; new: objectives of this model that start new;
-    unused: objectives of the checkpoint that this model has not.
+    source: the file read. reused: objectives whose heads were taken; started: "name from other" of heads that start
+    from another objective's; new: objectives of this model that start new; unused: objectives of the checkpoint that
+    this model has not.
     """
 
     source: Path
     reused: list[str] = field(default_factory=list)
+    started: list[str] = field(default_factory=list)
     new: list[str] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
 
@@ -38,6 +40,7 @@ class Loaded:
     def _named(self) -> list[tuple[str, list[str]]]:
         return [
             ("heads taken", self.reused),
+            ("heads started", self.started),
             ("new heads", self.new),
             ("heads in the checkpoint that are not used", self.unused),
         ]
@@ -145,6 +148,10 @@ def load_weights(
         if name in heads and not misfit:
             report.reused.append(name)
             fitting |= {f"objectives.{name}.{key}": value for key, value in heads[name].items()}
+        elif start := objective.start_from(heads):
+            other, tensors = start
+            report.started.append(f"{name} from {other}")
+            fitting |= {f"objectives.{name}.{key}": value for key, value in tensors.items()}
         elif objective.state_dict():
             report.new.append(name)
     model.tower.load_state_dict(tower)

@@ -1,4 +1,4 @@
-"""Training and evaluation: plain loops over batches."""
+"""Training: a plain loop over batches."""
 
 from __future__ import annotations
 
@@ -16,10 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bt.data.batch import Batch
 from bt.engine.distributed import World, all_sum, gather_objects
-from bt.engine.metrics import Means
+from bt.engine.precision import autocast
 from bt.errors import UserError
-
-AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class NonFiniteLoss(UserError):
@@ -44,11 +42,6 @@ class StepReport:
     data_wait_share: float
     images: int
     skipped: dict[str, int] = field(default_factory=dict)
-
-
-def autocast(device: torch.device, precision: str):
-    dtype = AUTOCAST[precision]
-    return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
 
 
 def wrap(model: nn.Module, world: World) -> nn.Module:
@@ -179,12 +172,13 @@ def fit(
     epoch_pairs: int,
     log_every: int,
     on_log: Callable[[StepReport], None],
-    after_step: Callable[[int, bool], None],
+    after_step: Callable[[int, bool], bool],
 ) -> None:
     """Steps from `trainer.step` to `total_steps`.
 
     batches: this rank's micro-batches from the first one of `trainer.step` on. after_step(step, stop) is called
-    after every step with the number of steps done and whether a signal asked for the end (on any rank).
+    after every step with the number of steps done and whether a signal asked for the end (on any rank); where it
+    returns False, training ends.
     """
     iterator: Iterator[Batch] = iter(batches)
     waited, mark, mark_step, images, skipped = 0.0, time.perf_counter(), trainer.step, 0, Counter()
@@ -216,45 +210,6 @@ def fit(
                 on_log(report)
                 waited, mark, mark_step, images, skipped = 0.0, time.perf_counter(), trainer.step, 0, Counter()
             paused = time.perf_counter()
-            after_step(trainer.step, stopping)
+            if not after_step(trainer.step, stopping):
+                return
             mark += time.perf_counter() - paused
-
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module,
-    batches: Iterable[Batch],
-    world: World,
-    *,
-    split: str,
-    precision: str = "fp32",
-    predictions: list[list[dict]] | None = None,
-    skipped: Counter | None = None,
-) -> dict[str, float]:
-    """Means over a split as {"task/split/metric": value}; every rank calls it with its share of the batches.
-
-    predictions: a list of this rank's predictions is appended for every batch. skipped: the images that were left out
-    because they were bad are added to it, by reason, of all ranks.
-    """
-    model.eval()
-    means = Means(world.device)
-    left_out: Counter = Counter()
-    for batch in batches:
-        left_out.update(batch.skipped)
-        made: list[dict] = []
-        with autocast(world.device, precision):
-            results = model(batch.to(world.device))
-        for name, result in results.items():
-            count = model.objectives[name].count(batch.targets[name])
-            if count:
-                means.add(f"{name}/{split}/loss", result.loss / count, count)
-            for metric, values in result.metrics.items():
-                values, weights = values if isinstance(values, tuple) else (values, 1.0)
-                means.add(f"{name}/{split}/{metric}", values, weights)
-            if predictions is not None:
-                made += model.objectives[name].predictions(batch, result)
-        if predictions is not None:
-            predictions.append(made)
-    if skipped is not None:
-        skipped.update(sum(gather_objects(left_out), Counter()))
-    return means.compute()

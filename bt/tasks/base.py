@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,11 +66,14 @@ class Objective(nn.Module):
     """One loss with its head.
 
     Class attributes to set: `head_parameters_at_base` (names of own parameters that train at the base learning
-    rate instead of the head's). Instance attributes: `weight` (times the loss), `needs`, `targets` (called in the
-    loader worker, must be picklable).
+    rate instead of the head's), `token_types` (rows of the tower's type table that it needs), `summarises` (True: it
+    has a `summary`). Instance attributes: `weight` (times the loss), `needs`, `targets` (called in the loader worker,
+    must be picklable).
     """
 
     head_parameters_at_base: tuple[str, ...] = ()
+    token_types: int = 2
+    summarises: bool = False
 
     def __init__(self, weight: float, targets: Callable[[Draft], dict[str, Tensor]], needs: Needs | None = None):
         super().__init__()
@@ -93,14 +97,66 @@ class Objective(nn.Module):
         """One JSON object per prediction of an evaluated batch; none by default."""
         return []
 
+    def summary(self, rows: list[dict[str, Any]]) -> dict[str, float]:
+        """Metrics that are no means over samples (a correlation, an F1 score), of the predictions of a whole split."""
+        return {}
+
+    def files(self, rows: list[dict[str, Any]], split: str) -> dict[str, Any]:
+        """Files to write beside the predictions of a split, such as a server's submission: JSON values by name."""
+        return {}
+
+    def start_from(self, heads: Mapping[str, Mapping[str, Tensor]]) -> tuple[str, dict[str, Tensor]] | None:
+        """How a new head can start from another one of a checkpoint (tensors by name, of each objective there): the
+        other's name, and own tensors by name."""
+        return None
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """How a split is measured.
+
+    split: its part in the run ("val", "test"), for names. precision: of forward passes. work_dir: where an evaluator
+    may keep what it does not want to compute again after an interruption, and intermediate results that outgrow the
+    memory; identity: a string that is another one for other weights or data, so that nothing stale is used.
+    cache_bytes: how much of the main memory an evaluator may fill with intermediate results.
+    """
+
+    split: str
+    precision: str = "fp32"
+    work_dir: Path | None = None
+    identity: str = ""
+    cache_bytes: int = 2**32
+
+
+class Evaluator:
+    """A measurement over a whole split that is no mean over its batches, such as the recalls of retrieval.
+
+    Called on every rank with the rank's share of the batches, which can be gone over more than once; returns the same
+    metrics by name on all of them.
+    """
+
+    def __call__(self, model: TaskModel, batches: Iterable[Batch], world: Any, how: Measuring) -> dict[str, float]:
+        raise NotImplementedError
+
 
 class TaskModel(nn.Module):
-    """Tower and objectives under one `forward(batch)`, so that a parallel wrapper sees every parameter."""
+    """Tower and objectives under one `forward(batch)`, so that a parallel wrapper sees every parameter.
 
-    def __init__(self, tower: BridgeTower, objectives: Mapping[str, Objective]):
+    evaluators: what is measured beside the objectives' own metrics; batch_metrics=False: in place of them.
+    """
+
+    def __init__(
+        self,
+        tower: BridgeTower,
+        objectives: Mapping[str, Objective],
+        evaluators: Mapping[str, Evaluator] | None = None,
+        batch_metrics: bool = True,
+    ):
         super().__init__()
         self.tower = tower
         self.objectives = nn.ModuleDict(objectives)
+        self.evaluators = dict(evaluators or {})
+        self.batch_metrics = batch_metrics
 
     def forward(self, batch: Batch) -> dict[str, Result]:
         shared = Shared(self.tower, batch)

@@ -1,7 +1,5 @@
 """The training step and the evaluation loop."""
 
-from collections import Counter
-
 import numpy as np
 import pytest
 import torch
@@ -9,15 +7,18 @@ from torch import nn
 
 from bt.data.batch import Batch, Texts
 from bt.engine.distributed import World
-from bt.engine.loop import NonFiniteLoss, Trainer, evaluate
+from bt.engine.evaluate import evaluate
+from bt.engine.loop import NonFiniteLoss, Trainer
 from bt.engine.metrics import Means
-from bt.tasks.base import Result
+from bt.tasks.base import Evaluator, Measuring, Result
 
 ALONE = World(0, 1, torch.device("cpu"))
 
 
 class Squares(nn.Module):
     """An objective of one weight: the sum over pairs of (weight x - target)^2, counted by pairs."""
+
+    summarises = True
 
     def __init__(self, weight: float):
         super().__init__()
@@ -35,11 +36,15 @@ class Squares(nn.Module):
     def predictions(self, batch, result):
         return [{"error": round(value, 3)} for value in result.metrics["error"].tolist()]
 
+    def summary(self, rows):
+        return {"largest": max(row["error"] for row in rows)}
+
 
 class Model(nn.Module):
     def __init__(self, **weights: float):
         super().__init__()
         self.objectives = nn.ModuleDict({name: Squares(weight) for name, weight in weights.items()})
+        self.evaluators, self.batch_metrics = {}, True
 
     def forward(self, batch):
         return {name: objective(batch.targets[name]) for name, objective in self.objectives.items()}
@@ -122,16 +127,37 @@ def test_weights_that_are_not_finite_are_not_saved():
 
 def test_evaluation_means_are_over_all_terms():
     model = Model(a=1.0)
-    predictions, skipped = [], Counter()
     batches = [make_batch(a=([1.0, 2.0], [0.0, 0.0])), make_batch(a=([3.0], [0.0]))]
     batches[0].skipped, batches[1].skipped = {"a.tar: bad": 2}, {"a.tar: bad": 1, "b.tar: worse": 1}
-    metrics = evaluate(model, batches, ALONE, split="val", predictions=predictions, skipped=skipped)
-    assert metrics == pytest.approx(
-        {"a/val/error": 56 / 3, "a/val/loss": 56 / 3, "a/val/weighted": (4 + 16 * 2 + 36 * 3) / 6}
+    found = evaluate(model, batches, ALONE, Measuring("val"), predictions=True)
+    assert found.metrics == pytest.approx(
+        {
+            "a/val/error": 56 / 3,
+            "a/val/loss": 56 / 3,
+            "a/val/weighted": (4 + 16 * 2 + 36 * 3) / 6,
+            "a/val/largest": 36.0,
+        }
     )
-    assert predictions == [[{"error": 4.0}, {"error": 16.0}], [{"error": 36.0}]]
-    assert skipped == {"a.tar: bad": 3, "b.tar: worse": 1}
+    assert found.rows == {"a": [{"error": 4.0}, {"error": 16.0}, {"error": 36.0}]}
+    assert found.skipped == {"a.tar: bad": 3, "b.tar: worse": 1}
     assert not model.training
+
+
+def test_evaluators_are_measured_beside_or_in_place_of_the_objectives():
+    class Batches(Evaluator):
+        def __call__(self, model, batches, world, how):
+            return {"batches": float(len([*batches])), "precision": how.precision == "bf16"}
+
+    model = Model(a=1.0)
+    model.evaluators = {"whole": Batches()}
+    batches = [make_batch(a=([1.0], [0.0])), make_batch(a=([3.0], [0.0]))]
+    found = evaluate(model, batches, ALONE, Measuring("test", "bf16")).metrics
+    assert found["whole/test/batches"] == 2 and found["whole/test/precision"] and found["a/test/error"] == 20
+    model.batch_metrics = False
+    assert evaluate(model, batches, ALONE, Measuring("test", "bf16")).metrics.keys() == {
+        "whole/test/batches",
+        "whole/test/precision",
+    }
 
 
 def test_means_keep_the_digits_of_long_sums():
