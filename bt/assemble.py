@@ -12,6 +12,7 @@ import torch
 from hydra.utils import get_class
 
 from bt.config import Config
+from bt.config.schema import BRIDGE_OPTIONS
 from bt.data.collate import BatchMaker
 from bt.data.dataset import Loader, eval_loader, train_loader
 from bt.data.device import DeviceTransform, distance
@@ -64,15 +65,19 @@ def build_model(
             # A pre-trained encoder has the rows of its own configuration, which can be more than the tokenizer's.
             encoder["text"]["pretrained"], vocab_size = False, None
         encoder["vision"] = without_weights(encoder["vision"])
+    bridge = {key: value for key, value in cfg.bridge.items() if key not in BRIDGE_OPTIONS}
     kinds = {name: get_class(node["_target_"]) for name, node in cfg.task.objectives.items()}
     tower = build_tower(
         encoder,
-        cfg.bridge,
+        bridge,
         cfg.cross,
         vocab_size=vocab_size,
         pad_id=tokenizer.pad_id,
         token_types=max(kind.token_types for kind in kinds.values()),
+        **{key: cfg.bridge[key] for key in BRIDGE_OPTIONS if key in cfg.bridge},
     )
+    if cfg.cross["layers"] == 0 and (fusing := [name for name, kind in kinds.items() if kind.fuses]):
+        raise ConfigError(f"cross.layers=0: {', '.join(fusing)} of task.objectives needs cross-modal layers")
     if cfg.data.max_text_len > tower.text.max_positions:
         raise ConfigError(
             f"data.max_text_len={cfg.data.max_text_len}: encoder.text takes at most {tower.text.max_positions} tokens"

@@ -11,8 +11,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bt.data.batch import Texts
+from bt.interop.managertower import from_managertower, is_managertower, to_managertower
 from bt.interop.official import from_official, to_official
 from bt.models.bridges.add import AddBridge
+from bt.models.bridges.base import Bridge
+from bt.models.bridges.manager import ManagerBridge
+from bt.models.bridges.meter_fusion import MeterFusionBridge
 from bt.models.bridges.none import NoBridge
 from bt.models.bridgetower import BridgeTower
 from bt.models.cross_modal import CoAttention
@@ -43,27 +47,51 @@ def golden_texts(batch: dict[str, Tensor], ids: str = "text_ids", masks: str = "
     return Texts(batch[ids], batch[masks].bool())
 
 
+FOLDERS = {
+    "add": "bridgetower",
+    "none": "meter",
+    "fusion": "meter_fusion",
+    "static": "managertower_saue",
+    "adaptive": "managertower_aaue",
+}
+
+
+def golden_bridge(bridge: str, depth: int) -> Bridge:
+    if bridge == "fusion":
+        return MeterFusionBridge(WIDTH, CROSS_LAYERS, uni_width=WIDTH, depth=depth)
+    if bridge in ("static", "adaptive"):
+        # The released managers attend to padding too.
+        return ManagerBridge(WIDTH, CROSS_LAYERS, kind=bridge, managed=2, noise=False, attend_padding=True)
+    return {"add": AddBridge, "none": NoBridge}[bridge](WIDTH, CROSS_LAYERS)
+
+
 def golden_tower(bridge: str = "add", image_size: int = 64) -> BridgeTower:
-    """The fixtures' tower with random weights: BridgeTower ("add") or METER ("none", one image block less)."""
+    """The fixtures' tower with random weights: a bridge of FOLDERS (METER has one image block less)."""
     vision = OpenClipVision(
         image_size=image_size,
-        remove_last_layers=1 if bridge == "none" else 0,
+        remove_last_layers=1 if bridge in ("none", "fusion") else 0,
         architecture={"width": WIDTH, "layers": 4, "patch_size": 16, "head_width": 64, "quick_gelu": True},
     )
     text = HFText(config={"model_type": "roberta", **table("bridgetower/config")["text_encoder"]})
-    make = AddBridge if bridge == "add" else NoBridge
     cross = CoAttention(width=WIDTH, heads=4, layers=CROSS_LAYERS, dropout=0.0)
-    return BridgeTower(vision, text, make(WIDTH, CROSS_LAYERS), make(WIDTH, CROSS_LAYERS), cross)
+    return BridgeTower(vision, text, golden_bridge(bridge, text.depth), golden_bridge(bridge, vision.depth), cross)
 
 
 def golden_state(bridge: str = "add") -> dict[str, Tensor]:
     """The fixtures' weights under own names (`tower.*`, `objectives.*`)."""
     state = tensors("bridgetower/weights")
-    if bridge == "none":
-        own = tensors("meter/weights")
-        keys = table("meter/keys")
+    if bridge != "add":
+        own = tensors(f"{FOLDERS[bridge]}/weights")
+        keys = table(f"{FOLDERS[bridge]}/keys")
         state = {key: own[key] if entry["from"] == "own" else state.get(key) for key, entry in keys.items()}
-    return from_official({key: tensor for key, tensor in state.items() if tensor is not None})
+    state = {key: tensor for key, tensor in state.items() if tensor is not None}
+    return from_managertower(state) if is_managertower(state) else from_official(state)
+
+
+def to_released(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Own names to those of the fixtures."""
+    managed = any(".layer_embeddings." in key for key in state)
+    return to_managertower(state, {"text": 4, "image": 4}) if managed else to_official(state)
 
 
 def load_golden(model: nn.Module, bridge: str = "add") -> nn.Module:
@@ -108,7 +136,7 @@ def compare_gradients(model: nn.Module, case: str, entries: bool = True) -> Grad
     recorded = table(f"{case}/grads")
     stored = tensors(f"{case}/grads") if entries else {}
     own = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    found = {name: gradient.detach().float() for name, gradient in to_official(own).items()}
+    found = {name: gradient.detach().float() for name, gradient in to_released(own).items()}
     reached = {name for name, entry in recorded.items() if entry is not None}
     assert found.keys() == reached, sorted(found.keys() ^ reached)[:5]
     total = sum(recorded[name]["norm"] ** 2 for name in reached) ** 0.5

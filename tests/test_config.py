@@ -160,7 +160,8 @@ def test_a_plug_in_needs_a_file_and_a_module_alone(command, tmp_path):
         "cross=tiny",
     ]
     assert command(*where) == (0, "")
-    assert command.called[0][0].bridge == {"_target_": "my_bridges.Mine", "gain": 0.5}
+    bridge = command.called[0][0].bridge
+    assert (bridge["_target_"], bridge["gain"], bridge["sides"]) == ("my_bridges.Mine", 0.5, "both")
     _, error = command(*where, "+bridge.width=3")
     assert "unknown option bridge.width: my_bridges.Mine takes gain" in error
     _, error = command(*where, "bridge._target_=broken.Bridge")

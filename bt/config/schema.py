@@ -25,6 +25,10 @@ def option(default: Any, **limits: Any) -> Any:
     return field(default=default, metadata=limits)
 
 
+# Options of the node `bridge` that hold for every bridge and are the tower's; the rest are its class's arguments.
+BRIDGE_OPTIONS = ("sides", "uni_layers", "stop_gradient")
+
+
 @dataclass
 class EncoderConfig:
     vision: dict[str, Any] = option({})
@@ -191,8 +195,23 @@ def _check_field(key: str, value: Any, limits: Any) -> None:
         )
 
 
+def _check_bridge(bridge: dict[str, Any]) -> None:
+    sides, chosen, stop = (bridge.get(key) for key in BRIDGE_OPTIONS)
+    if sides not in (None, "both", "text", "image"):
+        raise ConfigError(f"bridge.sides={sides} is not one of: both, text, image")
+    counted = isinstance(chosen, list) and chosen and all(type(layer) is int and layer < 0 for layer in chosen)
+    if chosen not in (None, "top", "every_second", "last") and not counted:
+        raise ConfigError(
+            f"bridge.uni_layers={chosen} is not one of: top, every_second, last, or a list of layers counted from the "
+            "top, as [-3,-2,-1]"
+        )
+    if stop not in (None, True, False):
+        raise ConfigError(f"bridge.stop_gradient={stop} is not one of: true, false")
+
+
 def check_run(cfg: Config) -> None:
     """What no single field can say: options that exclude or need each other."""
+    _check_bridge(cfg.bridge)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", cfg.name):
         raise ConfigError(f"name={cfg.name!r} names directories: use letters, digits, '.', '_' and '-' only")
     dirs = cfg.data.dir if isinstance(cfg.data.dir, list) else [cfg.data.dir]

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from bt.config.schema import BRIDGE_OPTIONS
 from bt.errors import ConfigError
 
 
@@ -87,8 +88,10 @@ def check_model_targets(cfg: Any) -> None:
     # The tokenizer is built beside the encoder, and decides its vocabulary and which token is padding.
     text = {k: v for k, v in cfg.encoder.text.items() if k != "tokenizer"}
     check_target(text, "encoder.text", given=("vocab_size", "pad_id"))
-    # One bridge per modality is made to the measure of the cross-modal layers.
-    check_target(cfg.bridge, "bridge", given=("width", "layers"))
+    # One bridge per modality is made to the measure of the cross-modal layers and of its encoder; what holds for every
+    # bridge is the tower's.
+    bridge = {k: v for k, v in cfg.bridge.items() if k not in BRIDGE_OPTIONS}
+    check_target(bridge, "bridge", given=("width", "layers", "uni_width", "depth"))
     check_target(cfg.cross, "cross")
     for name, node in cfg.task.objectives.items():
         check_target(node, f"task.objectives.{name}", first_given=True)

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from bt.config import OptimizerConfig
-from bt.models.heads import ClassifierHead
 
 ROLES = ("base", "head", "cross")
 # The released group builder exempts norms by these endings of their names (official meter_utils.set_schedule), so
-# CLIP's ln_1, ln_2, ln_pre, ln_post and the norm inside a task head, which is number 1 of a Sequential, are decayed.
+# CLIP's ln_1, ln_2, ln_pre and ln_post are decayed, and so are norms that are a number in a list there: the attribute
+# `officially_decayed` of the module that holds them names these.
 OFFICIAL_NORM = re.compile(r"(LayerNorm|norm|norm1|norm2)$")
 
 
@@ -93,12 +93,14 @@ def undecayed(model: nn.Module, rule: str) -> set[str]:
 
     rule: "all_norms", or "official" for the released code's choice.
     """
-    task_heads = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, ClassifierHead))
+    missed = {
+        f"{path}.{norm}" for path, module in model.named_modules() for norm in getattr(module, "officially_decayed", ())
+    }
     exempt: set[str] = set()
     for path, module in model.named_modules():
         for own, _ in module.named_parameters(recurse=False):
             name = f"{path}.{own}" if path else own
-            if "bias" in own or (_is_norm(module) and (rule == "all_norms" or _officially_exempt(path, task_heads))):
+            if "bias" in own or (_is_norm(module) and (rule == "all_norms" or _officially_exempt(path, missed))):
                 exempt.add(name)
     return exempt
 
@@ -108,10 +110,8 @@ def _is_norm(module: nn.Module) -> bool:
     return any("Norm" in cls.__name__ for cls in type(module).__mro__)
 
 
-def _officially_exempt(path: str, task_heads: tuple[str, ...]) -> bool:
-    if path.startswith("tower.vision."):
-        return OFFICIAL_NORM.search(path) is not None
-    return not path.startswith(task_heads) if task_heads else True
+def _officially_exempt(path: str, missed: set[str]) -> bool:
+    return OFFICIAL_NORM.search(path) is not None if path.startswith("tower.vision.") else path not in missed
 
 
 def make_schedule(cfg: OptimizerConfig, total_steps: int) -> Callable[[int], float]:

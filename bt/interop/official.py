@@ -39,6 +39,7 @@ RENAMED = (
     ("token_type_embeddings.weight", "tower.type_embeddings.weight"),
     ("cross_modal_{m}_transform.{p}", "tower.{m}_projection.{p}"),
     ("cross_modal_{m}_pooler.dense.{p}", "tower.{m}_pooler.dense.{p}"),
+    ("{m}_gate.{p}", "tower.{m}_bridge.gate.{p}"),  # METER with the fusion of all layers
     ("cross_modal_{m}_layers.{l}.attention.output.dense.{p}", "tower.cross.{m}_layers.{l}.self_attention.out.{p}"),
     ("cross_modal_{m}_layers.{l}.attention.output.LayerNorm.{p}", "tower.cross.{m}_layers.{l}.self_attention.norm.{p}"),
     ("cross_modal_{m}_layers.{l}.crossattention.self.query.{p}", "tower.cross.{m}_layers.{l}.cross_attention.q.{p}"),

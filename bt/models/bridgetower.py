@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from bt.data.batch import Texts
 from bt.errors import ConfigError
 from bt.models.bridges.base import Bridge
-from bt.models.cross_modal import CoAttention
+from bt.models.bridges.none import NoBridge
+from bt.models.cross_modal import CrossEncoder
 from bt.models.encoders.base import TextEncoder, VisionEncoder
 from bt.models.gather import ALL, Wanted, gather, rows_or_none
 from bt.models.heads import Pooler, init_new
@@ -61,6 +62,8 @@ class BridgeTower(nn.Module):
     """The tower. type_embeddings: row 0 texts, row 1 images, row 2 (if any) the second image of a pair.
 
     The projection of each modality is shared by all bridged layers.
+    uni_layers: which uni-modal layers the bridges read, see choose_layers. stop_gradient: no gradient passes through
+    the bridges into the encoders, but for the input of the first cross-modal layer.
     """
 
     def __init__(
@@ -69,16 +72,15 @@ class BridgeTower(nn.Module):
         text: TextEncoder,
         text_bridge: Bridge,
         image_bridge: Bridge,
-        cross: CoAttention,
+        cross: CrossEncoder,
         token_types: int = 2,
+        uni_layers: str | list[int] = "top",
+        stop_gradient: bool = False,
     ):
         super().__init__()
-        for key, encoder, bridge in (("vision", vision, image_bridge), ("text", text, text_bridge)):
-            if bridge.states > encoder.depth:
-                raise ConfigError(
-                    f"cross.layers={cross.layers}: the bridge reads the top {bridge.states} layers of each encoder, "
-                    f"encoder.{key} has {encoder.depth}"
-                )
+        self.text_layers = choose_layers(uni_layers, text_bridge.states, "text", text.depth)
+        self.image_layers = choose_layers(uni_layers, image_bridge.states, "vision", vision.depth)
+        self.stop_gradient = stop_gradient
         self.width = cross.width
         self.vision = vision
         self.text = text
@@ -95,15 +97,17 @@ class BridgeTower(nn.Module):
 
     def encode_images(self, images: Tensor, type_id: int | Tensor = 1) -> Encoded:
         """images (I, C, H, W), normalised (`vision.normalize`). type_id: row of the type table, or (I,) of them."""
-        uni = self.vision(images, self.image_bridge.states)
+        uni = self.vision(images, -min(self.image_layers, default=-1))
         kind = self.type_embeddings.weight[type_id]
         kind = kind[:, None] if kind.dim() == 2 else kind
-        return Encoded([self.image_projection(state) + kind for state in uni], uni[-1][:, 0])
+        read = self.image_bridge.merge([uni[layer] for layer in self.image_layers])
+        return Encoded(_projected(read, self.image_projection, kind), uni[-1][:, 0])
 
     def encode_texts(self, texts: Texts) -> Encoded:
-        uni = self.text(texts.ids, texts.mask, self.text_bridge.states)
-        kind = self.type_embeddings.weight[0]
-        return Encoded([self.text_projection(state) + kind for state in uni], uni[-1][:, 0], texts.mask)
+        uni = self.text(texts.ids, texts.mask, -min(self.text_layers, default=-1))
+        read = self.text_bridge.merge([uni[layer] for layer in self.text_layers])
+        states = _projected(read, self.text_projection, self.type_embeddings.weight[0])
+        return Encoded(states, uni[-1][:, 0], texts.mask)
 
     def fuse(self, images: Encoded, texts: Encoded, pairs: Tensor, need: Need) -> Fused:
         """pairs: (P, 2) int64, rows of `images` and of `texts`. What `need` does not name is not computed."""
@@ -114,21 +118,34 @@ class BridgeTower(nn.Module):
         text = image = None
         for layer in range(self.cross.layers):
             last = layer == self.cross.layers - 1
-            text_in = self.text_bridge(layer, texts.states, text_rows, text, image)
-            image_in = self.image_bridge(layer, images.states, image_rows, image, text)
+            text_in = self._bridged(self.text_bridge, layer, texts.states, text_rows, text, image, pair_mask, None)
+            image_in = self._bridged(self.image_bridge, layer, images.states, image_rows, image, text, None, pair_mask)
             # The inputs of the first layer are still per unique text and image.
             rows = (text_rows, image_rows) if layer == 0 else (None, None)
-            own_mask = texts.mask if layer == 0 else pair_mask
-            read = wanted_text.reading() if last else ALL
-            text_args = (text_in, image_in, *rows, own_mask, None, read)
-            text = None if read is None else self.cross.run(self.cross.text_layers[layer], *text_args)
-            read = wanted_image.reading() if last else ALL
-            image_args = (image_in, text_in, *reversed(rows), None, pair_mask, read)
-            image = None if read is None else self.cross.run(self.cross.image_layers[layer], *image_args)
+            reads = (wanted_text.reading(), wanted_image.reading()) if last else (ALL, ALL)
+            text_mask = texts.mask if layer == 0 else pair_mask
+            text, image = self.cross(layer, text_in, image_in, *rows, text_mask, pair_mask, *reads)
         text_cls, text = wanted_text.split(text)
         image_cls, image = wanted_image.split(image)
         cls = torch.cat([self.text_pooler(text_cls), self.image_pooler(image_cls)], dim=-1) if need.cls else None
         return Fused(cls, text, image)
+
+    def _bridged(
+        self,
+        bridge: Bridge,
+        layer: int,
+        uni: list[Tensor],
+        rows: Tensor | None,
+        own: Tensor | None,
+        other: Tensor | None,
+        own_mask: Tensor | None,
+        other_mask: Tensor | None,
+    ) -> Tensor:
+        """The bridge's output; see Bridge.forward."""
+        if self.stop_gradient and layer > 0:
+            uni = [state.detach() for state in uni]
+        masks = {"own_mask": own_mask, "other_mask": other_mask} if bridge.needs_masks else {}
+        return bridge(layer, uni, rows, own, other, **masks)
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
         self.vision.set_gradient_checkpointing(enabled)
@@ -137,7 +154,11 @@ class BridgeTower(nn.Module):
 
     def parameter_role(self, name: str) -> Literal["base", "cross"]:
         """Which learning rate a parameter of the tower takes: the encoders and the type table the base rate."""
-        return "base" if name.startswith(("vision.", "text.", "type_embeddings.")) else "cross"
+        at_base = ["vision.", "text.", "type_embeddings."]
+        for modality in ("text", "image"):
+            own = getattr(self, f"{modality}_bridge").parameters_at_base
+            at_base += [f"{modality}_bridge.{start}" for start in own]
+        return "base" if name.startswith(tuple(at_base)) else "cross"
 
     def adapt_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A state dict of this architecture, fitted to this tower's image size, channels and token types.
@@ -156,6 +177,39 @@ class BridgeTower(nn.Module):
         return adapted
 
 
+def _projected(states: list[Tensor], projection: nn.Linear, kind: Tensor) -> list[Tensor]:
+    """Projected, with the type embedding; a state that is read by several layers once."""
+    made = {id(state): projection(state) + kind for state in states}
+    return [made[id(state)] for state in states]
+
+
+def choose_layers(uni_layers: str | list[int], states: int, encoder: str, depth: int) -> list[int]:
+    """Which outputs of the uni-modal layers a bridge reads, counted from the top: -1 is the last, -depth the first.
+
+    states: how many the bridge reads. uni_layers: top, the last ones (the paper's); every_second, from the last one
+    down; last, the last one each time; or a list, bottom first. Raises ConfigError.
+    """
+    if uni_layers == "top":
+        chosen = [*range(-states, 0)]
+    elif uni_layers == "every_second":
+        chosen = [*range(1 - 2 * states, 0, 2)]
+    elif uni_layers == "last":
+        chosen = [-1] * states
+    elif len(uni_layers) == states:
+        chosen = list(uni_layers)
+    else:
+        raise ConfigError(
+            f"bridge.uni_layers={uni_layers}: the bridge reads {states} layers of encoder.{encoder}, here are "
+            f"{len(uni_layers)}"
+        )
+    if chosen and -min(chosen) > depth:
+        raise ConfigError(
+            f"the bridge reads the top {-min(chosen)} layers of each encoder, encoder.{encoder} has {depth}: see "
+            "cross.layers, bridge.uni_layers and the bridge's own options"
+        )
+    return chosen
+
+
 def build_tower(
     encoder: Mapping[str, Any],
     bridge: Mapping[str, Any],
@@ -164,19 +218,32 @@ def build_tower(
     vocab_size: int | None,
     pad_id: int | None = None,
     token_types: int = 2,
+    sides: str = "both",
+    uni_layers: str | list[int] = "top",
+    stop_gradient: bool = False,
 ) -> BridgeTower:
     """The tower of the config nodes `encoder` (vision, text), `bridge` and `cross`: `_target_` and arguments each.
 
     encoder.text.tokenizer belongs to the data and is left out here. vocab_size, pad_id: the tokenizer's; without a
-    pad_id the encoder keeps its own. Raises ConfigError.
+    pad_id the encoder keeps its own. sides: which modalities have the bridge, both, text or image; the other has none,
+    as in METER. uni_layers, stop_gradient: see BridgeTower. Raises ConfigError.
     """
     vision = build("encoder.vision", encoder["vision"])
     text_config = {key: value for key, value in encoder["text"].items() if key != "tokenizer"}
     tokens = {"vocab_size": vocab_size} | ({} if pad_id is None else {"pad_id": pad_id})
     text = build("encoder.text", {**text_config, **tokens})
     cross = build("cross", cross)
-    text_bridge, image_bridge = (build("bridge", bridge, width=cross.width, layers=cross.layers) for _ in range(2))
-    return BridgeTower(vision, text, text_bridge, image_bridge, cross, token_types)
+
+    def make(side: str, uni: VisionEncoder | TextEncoder) -> Bridge:
+        if sides not in ("both", side):
+            return NoBridge(cross.width, cross.layers)
+        wanted = inspect.signature(get_class(str(bridge.get("_target_")))).parameters
+        of_uni = {"uni_width": uni.width, "depth": uni.depth}
+        extra = {key: value for key, value in of_uni.items() if key in wanted}
+        return build("bridge", bridge, width=cross.width, layers=cross.layers, **extra)
+
+    bridges = make("text", text), make("image", vision)
+    return BridgeTower(vision, text, *bridges, cross, token_types, uni_layers, stop_gradient)
 
 
 def build(key: str, config: Mapping[str, Any], **extra: Any) -> Any:

@@ -1,11 +1,12 @@
 """The cross-modal encoder: for each modality a stack of self-attention, cross-attention and feed-forward layers.
 
-All sub-layers are post-norm, LayerNorm(dropout(dense(x)) + residual), with GELU (erf). Dropout acts on the attention
-probabilities and on each sub-layer's output. Source: official bert_model.py, BertCrossLayer;
-transformers BridgeTowerBertCrossLayer.
+GELU is the erf form; dropout acts on the attention probabilities and on each sub-layer's output. Source: official
+bert_model.py, BertCrossLayer; transformers BridgeTowerBertCrossLayer.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,70 +31,93 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, dro
     return context.transpose(1, 2).flatten(2)
 
 
-class SelfAttention(nn.Module):
-    def __init__(self, width: int, heads: int, dropout: float, norm_eps: float):
+class SubLayer(nn.Module):
+    """Residual, dropout and norm around a sub-layer.
+
+    norm="post" (the paper's): LayerNorm(dropout(f(x)) + x); "pre": dropout(f(LayerNorm(x))) + x.
+    """
+
+    def __init__(self, width: int, dropout: float, norm_eps: float, norm: str):
         super().__init__()
+        self.dropout = nn.Dropout(dropout)
+        self.norm = nn.LayerNorm(width, eps=norm_eps)
+        self.pre = norm == "pre"
+
+    def before(self, states: Tensor) -> Tensor:
+        return self.norm(states) if self.pre else states
+
+    def after(self, output: Tensor, states: Tensor) -> Tensor:
+        joined = self.dropout(output) + states
+        return joined if self.pre else self.norm(joined)
+
+
+class SelfAttention(SubLayer):
+    def __init__(self, width: int, heads: int, dropout: float, norm_eps: float, norm: str = "post"):
+        super().__init__(width, dropout, norm_eps, norm)
         self.heads = heads
         self.attention_dropout = dropout
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
-        self.dropout = nn.Dropout(dropout)
-        self.norm = nn.LayerNorm(width, eps=norm_eps)
 
     def forward(self, queries: Tensor, states: Tensor, mask: Tensor | None) -> Tensor:
         """states (B, S, D), mask (B, S) -> (B, R, D) for `queries`, which are `states` or rows (B, R, D) of it."""
+        read = self.before(states)
         if queries is states:
-            q, k, v = split_heads(self.qkv(states), 3, self.heads)
+            q, k, v = split_heads(self.qkv(read), 3, self.heads)
         else:
             width = states.shape[-1]
             weight, bias = self.qkv.weight, self.qkv.bias
-            (q,) = split_heads(F.linear(queries, weight[:width], bias[:width]), 1, self.heads)
-            k, v = split_heads(F.linear(states, weight[width:], bias[width:]), 2, self.heads)
+            (q,) = split_heads(F.linear(self.before(queries), weight[:width], bias[:width]), 1, self.heads)
+            k, v = split_heads(F.linear(read, weight[width:], bias[width:]), 2, self.heads)
         context = attend(q, k, v, mask, self.attention_dropout if self.training else 0.0)
-        return self.norm(self.dropout(self.out(context)) + queries)
+        return self.after(self.out(context), queries)
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(SubLayer):
     """Queries of one modality, keys and values of the other; both are projected by the caller (see the layer)."""
 
-    def __init__(self, width: int, heads: int, dropout: float, norm_eps: float):
-        super().__init__()
+    def __init__(self, width: int, heads: int, dropout: float, norm_eps: float, norm: str = "post"):
+        super().__init__(width, dropout, norm_eps, norm)
         self.heads = heads
         self.attention_dropout = dropout
         self.q = nn.Linear(width, width)
         self.kv = nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, width)
-        self.dropout = nn.Dropout(dropout)
-        self.norm = nn.LayerNorm(width, eps=norm_eps)
+        # What is read of the other modality went through no norm of this layer.
+        self.other_norm = nn.LayerNorm(width, eps=norm_eps) if self.pre else nn.Identity()
+
+    def queries(self, own: Tensor) -> Tensor:
+        return self.q(self.before(own))
+
+    def keys_values(self, other: Tensor) -> Tensor:
+        return self.kv(self.other_norm(other))
 
     def forward(self, q: Tensor, kv: Tensor, mask: Tensor | None, residual: Tensor, read: Reading) -> Tensor:
         """q (P, R, D), kv (P, S', 2D), mask (P, S'), residual (P, R, D) -> (P, R, D), or (M, D) if `read` packs."""
         (q,) = split_heads(q, 1, self.heads)
         k, v = split_heads(kv, 2, self.heads)
         context = attend(q, k, v, mask, self.attention_dropout if self.training else 0.0)
-        return self.norm(self.dropout(self.out(read.pack(context))) + read.pack(residual))
+        return self.after(self.out(read.pack(context)), read.pack(residual))
 
 
-class FeedForward(nn.Module):
-    def __init__(self, width: int, hidden: int, dropout: float, norm_eps: float):
-        super().__init__()
+class FeedForward(SubLayer):
+    def __init__(self, width: int, hidden: int, dropout: float, norm_eps: float, norm: str = "post"):
+        super().__init__(width, dropout, norm_eps, norm)
         self.up = nn.Linear(width, hidden)
         self.down = nn.Linear(hidden, width)
-        self.dropout = nn.Dropout(dropout)
-        self.norm = nn.LayerNorm(width, eps=norm_eps)
 
     def forward(self, states: Tensor) -> Tensor:
-        return self.norm(self.dropout(self.down(F.gelu(self.up(states)))) + states)
+        return self.after(self.down(F.gelu(self.up(self.before(states)))), states)
 
 
 class CrossModalLayer(nn.Module):
     """One layer of one modality. Its self-attention, queries, keys and values depend on one modality alone."""
 
-    def __init__(self, width: int, heads: int, ffn_ratio: float, dropout: float, norm_eps: float):
+    def __init__(self, width: int, heads: int, ffn_ratio: float, dropout: float, norm_eps: float, norm: str = "post"):
         super().__init__()
-        self.self_attention = SelfAttention(width, heads, dropout, norm_eps)
-        self.cross_attention = CrossAttention(width, heads, dropout, norm_eps)
-        self.ffn = FeedForward(width, int(width * ffn_ratio), dropout, norm_eps)
+        self.self_attention = SelfAttention(width, heads, dropout, norm_eps, norm)
+        self.cross_attention = CrossAttention(width, heads, dropout, norm_eps, norm)
+        self.ffn = FeedForward(width, int(width * ffn_ratio), dropout, norm_eps, norm)
 
     def forward(
         self,
@@ -117,20 +141,71 @@ class CrossModalLayer(nn.Module):
         hidden = self.self_attention(queries, own, own_mask)
         if select_late:
             hidden = read.select(gather(hidden, own_rows))
-            q = self.cross_attention.q(hidden)
+            q = self.cross_attention.queries(hidden)
         else:
-            q = gather(self.cross_attention.q(hidden), own_rows)
+            q = gather(self.cross_attention.queries(hidden), own_rows)
             hidden = gather(hidden, own_rows)
-        kv = gather(self.cross_attention.kv(other), other_rows)
+        kv = gather(self.cross_attention.keys_values(other), other_rows)
         return self.ffn(self.cross_attention(q, kv, other_mask, hidden, read))
 
 
-class CoAttention(nn.Module):
-    """`layers` cross-modal layers for each modality. Layer l of both modalities reads the same pair of inputs.
+class CrossEncoder(nn.Module):
+    """The cross-modal encoder as the tower sees it: `layers` steps on the states of both modalities.
+
+    width: of the states. init_std: deviation of the tower's new weights, 0.02 in the official code. It suits the widths
+    of base and large; narrow layers (128) hardly pass anything on with it and learn several times as slowly.
+    """
+
+    def __init__(
+        self, width: int, heads: int, layers: int, ffn_ratio: float, dropout: float, norm_eps: float, init_std: float
+    ):
+        super().__init__()
+        for key, value in (("width", width), ("heads", heads)):
+            check_range(f"cross.{key}", value, at_least=1)
+        check_range("cross.layers", layers, at_least=0)
+        check_range("cross.ffn_ratio", ffn_ratio, above=0)
+        check_range("cross.dropout", dropout, at_least=0, below=1)
+        check_range("cross.norm_eps", norm_eps, above=0)
+        check_range("cross.init_std", init_std, above=0)
+        if width % heads:
+            raise ConfigError(f"cross.heads={heads} does not divide cross.width={width}")
+        self.width = width
+        self.layers = layers
+        self.init_std = init_std
+        self.checkpointing = False
+
+    def forward(
+        self,
+        layer: int,
+        text: Tensor,
+        image: Tensor,
+        text_rows: Tensor | None,
+        image_rows: Tensor | None,
+        text_mask: Tensor,
+        pair_mask: Tensor,
+        read_text: Reading | None,
+        read_image: Reading | None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """One layer: text (U, L, D), image (U', S, D) -> (P, L, D), (P, S, D), or what is read of them, None where
+        nothing is.
+
+        text_rows, image_rows: (P,) the row of every pair, None where pair p uses row p. text_mask: (U, L) bool, True at
+        real tokens; pair_mask: the same for every pair.
+        """
+        raise NotImplementedError
+
+    def run(self, layer: nn.Module, *args) -> Tensor:
+        """The layer's output; with gradient checkpointing its activations are computed again in the backward pass."""
+        if self.checkpointing and self.training:
+            return checkpoint(layer, *args, use_reentrant=False)
+        return layer(*args)
+
+
+class CoAttention(CrossEncoder):
+    """A stack of cross-modal layers for each modality (the paper's). Layer l of both reads the same pair of inputs.
 
     norm_eps: the official code has 1e-12 here (and in the MLM head), transformers' port 1e-5.
-    init_std: deviation of the tower's new weights, 0.02 in the official code. It suits the widths of base and large;
-    narrow layers (128) hardly pass anything on with it and learn several times as slowly.
+    norm: see SubLayer; with "pre" the last layer's output of each modality gets a norm of its own.
     """
 
     def __init__(
@@ -142,30 +217,35 @@ class CoAttention(nn.Module):
         dropout: float = 0.1,
         norm_eps: float = 1e-12,
         init_std: float = 0.02,
+        norm: Literal["post", "pre"] = "post",
     ):
-        super().__init__()
-        for key, value in (("width", width), ("heads", heads), ("layers", layers)):
-            check_range(f"cross.{key}", value, at_least=1)
-        check_range("cross.ffn_ratio", ffn_ratio, above=0)
-        check_range("cross.dropout", dropout, at_least=0, below=1)
-        check_range("cross.norm_eps", norm_eps, above=0)
-        check_range("cross.init_std", init_std, above=0)
-        if width % heads:
-            raise ConfigError(f"cross.heads={heads} does not divide cross.width={width}")
-        self.width = width
-        self.layers = layers
-        self.checkpointing = False
+        super().__init__(width, heads, layers, ffn_ratio, dropout, norm_eps, init_std)
+        check_norm(norm)
 
         def stack() -> nn.ModuleList:
-            return nn.ModuleList(CrossModalLayer(width, heads, ffn_ratio, dropout, norm_eps) for _ in range(layers))
+            sizes = (width, heads, ffn_ratio, dropout, norm_eps, norm)
+            return nn.ModuleList(CrossModalLayer(*sizes) for _ in range(layers))
 
         self.text_layers = stack()
         self.image_layers = stack()
-        self.init_std = init_std
+        self.text_norm, self.image_norm = final_norm(width, norm_eps, norm), final_norm(width, norm_eps, norm)
         init_new(self, init_std)
 
-    def run(self, layer: nn.Module, *args) -> Tensor:
-        """The layer's output; with gradient checkpointing its activations are computed again in the backward pass."""
-        if self.checkpointing and self.training:
-            return checkpoint(layer, *args, use_reentrant=False)
-        return layer(*args)
+    def forward(self, layer, text, image, text_rows, image_rows, text_mask, pair_mask, read_text, read_image):
+        to_text = (text, image, text_rows, image_rows, text_mask, None, read_text)
+        to_image = (image, text, image_rows, text_rows, None, pair_mask, read_image)
+        text = None if read_text is None else self.run(self.text_layers[layer], *to_text)
+        image = None if read_image is None else self.run(self.image_layers[layer], *to_image)
+        if layer < self.layers - 1:
+            return text, image
+        return text if text is None else self.text_norm(text), image if image is None else self.image_norm(image)
+
+
+def check_norm(norm: str) -> None:
+    if norm not in ("post", "pre"):
+        raise ConfigError(f"cross.norm={norm}: allowed are post, pre")
+
+
+def final_norm(width: int, norm_eps: float, norm: str) -> nn.Module:
+    """What the sums of pre-norm layers need behind the last of them."""
+    return nn.LayerNorm(width, eps=norm_eps) if norm == "pre" else nn.Identity()

@@ -74,6 +74,8 @@ class ITCHead(nn.Module):
 class ClassifierHead(nn.Sequential):
     """(P, in_features) -> (P, classes): Linear, LayerNorm, GELU, Linear, or with `layers` = 1 a single Linear."""
 
+    officially_decayed = ("1",)
+
     def __init__(self, in_features: int, hidden: int, classes: int, layers: int = 2):
         if layers == 1:
             parts = [nn.Linear(in_features, classes)]

@@ -66,13 +66,14 @@ class Objective(nn.Module):
     """One loss with its head.
 
     Class attributes to set: `head_parameters_at_base` (names of own parameters that train at the base learning
-    rate instead of the head's), `token_types` (rows of the tower's type table that it needs), `summarises` (True: it
-    has a `summary`). Instance attributes: `weight` (times the loss), `needs`, `targets` (called in the loader worker,
-    must be picklable).
+    rate instead of the head's), `token_types` (rows of the tower's type table that it needs), `fuses` (False: it does
+    without the cross-modal encoder), `summarises` (True: it has a `summary`). Instance attributes: `weight` (times the
+    loss), `needs`, `targets` (called in the loader worker, must be picklable).
     """
 
     head_parameters_at_base: tuple[str, ...] = ()
     token_types: int = 2
+    fuses: bool = True
     summarises: bool = False
 
     def __init__(self, weight: float, targets: Callable[[Draft], dict[str, Tensor]], needs: Needs | None = None):

@@ -31,6 +31,7 @@ class ITC(Objective):
 
     # Official groups: the temperature trains at the base rate, with decay.
     head_parameters_at_base = ("temperature",)
+    fuses = False
 
     def __init__(self, context: Context, weight: float = 1.0, size: int = 256, temperature: float = 0.07):
         check_range("ITC.size", size, at_least=1)

@@ -84,7 +84,7 @@ def test_every_option_of_a_class_is_shown(path):
     given = (
         {"vocab_size", "pad_id"}
         if path.parent.name == "text"
-        else {"width", "layers"}
+        else {"width", "layers", "uni_width", "depth"}
         if "bridge" in path.parts
         else set()
     )
@@ -101,8 +101,8 @@ def test_bridge_widths_follow_the_cross_modal_layers():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"layers": 4}, "cross.layers=4: the bridge reads the top 4 layers of each encoder, encoder.vision has 3"),
-        ({"layers": 0}, "cross.layers=0: must be at least 1"),
+        ({"layers": 4}, "the bridge reads the top 4 layers of each encoder, encoder.text has 3: see cross.layers"),
+        ({"layers": -1}, "cross.layers=-1: must be at least 0"),
         ({"heads": 0}, "cross.heads=0: must be at least 1"),
         ({"dropout": 1.0}, "cross.dropout=1.0: must be at least 0 and below 1"),
         ({"init_std": float("nan")}, "cross.init_std=nan: must be above 0"),

@@ -11,6 +11,7 @@ from tests.golden_helpers import (
     ANSWERS,
     CONTRASTIVE,
     CROSS_LAYERS,
+    FOLDERS,
     VOCABULARY,
     WIDTH,
     assert_gradients,
@@ -24,7 +25,6 @@ from tests.golden_helpers import (
 )
 
 OUTPUT, LOSS = 1e-5, 2e-6
-FOLDER = {"add": "bridgetower", "none": "meter"}
 
 
 class Model(nn.Module):
@@ -50,9 +50,9 @@ def record(module: nn.Module, into: dict, name: str):
     module.register_forward_hook(lambda _, args, output: into.update({f"{name}.{next(calls)}": output}))
 
 
-@pytest.mark.parametrize("bridge", ["add", "none"])
+@pytest.mark.parametrize("bridge", FOLDERS)
 def test_every_state_of_a_forward_pass(bridge):
-    expected = tensors(f"{FOLDER[bridge]}/infer/outputs")
+    expected = tensors(f"{FOLDERS[bridge]}/infer/outputs")
     tower = Model(bridge).tower
     found = {}
     for modality in ("text", "image"):
@@ -67,20 +67,46 @@ def test_every_state_of_a_forward_pass(bridge):
     batch = golden_batch()
     images, texts = tower.encode_images(batch["image"]), tower.encode_texts(golden_texts(batch))
     fused = tower.fuse(images, texts, torch.arange(4)[:, None].expand(-1, 2), Need(cls=True, text=True, image=True))
+    last = found[f"uni_text.{tower.text_bridge.states - 1}"], found[f"uni_image.{tower.image_bridge.states - 1}"]
+    assert difference(texts.cls, last[0][:, 0]) == difference(images.cls, last[1][:, 0]) == 0
+    for modality in ("text", "image"):
+        states = [found.pop(f"uni_{modality}.{i}") for i in range(getattr(tower, f"{modality}_bridge").states)]
+        if bridge in ("static", "adaptive"):
+            states = [torch.stack(states, dim=1)]
+        elif bridge == "fusion":
+            states = getattr(tower, f"{modality}_bridge").merge(states)
+        found |= {f"uni_{modality}.{i}": state for i, state in enumerate(states)}
     found |= {"cls_feats": fused.cls, "text_feats": fused.text, "image_feats": fused.image}
-    # METER's fixture leaves out the layers' outputs: the next layer's inputs are the same tensors.
-    absent = {f"cross_out_{m}.{i}" for m in ("text", "image") for i in range(CROSS_LAYERS) if bridge == "none"}
+    # The other fixtures leave out the layers' outputs, which the next layer's inputs or the results show.
+    absent = {f"cross_out_{m}.{i}" for m in ("text", "image") for i in range(CROSS_LAYERS) if bridge != "add"}
     assert found.keys() - absent == expected.keys()
     for name, tensor in expected.items():
         assert difference(found[name], tensor) <= OUTPUT, name
-    last = f"uni_text.{tower.text_bridge.states - 1}", f"uni_image.{tower.image_bridge.states - 1}"
-    assert difference(texts.cls, expected[last[0]][:, 0]) <= OUTPUT
-    assert difference(images.cls, expected[last[1]][:, 0]) <= OUTPUT
 
 
-@pytest.mark.parametrize("bridge", ["add", "none"])
+@pytest.mark.parametrize("bridge", ["static", "adaptive"])
+def test_training_noise_of_managers(bridge, monkeypatch):
+    """The recorded draws in the order of the calls: text manager 0, image manager 0, text manager 1, ..."""
+    case = f"{FOLDERS[bridge]}/training_noise"
+    expected = tensors(f"{case}/outputs")
+    tower = Model(bridge).tower.train()
+    for side in (tower.text_bridge, tower.image_bridge):
+        for manager in side.managers:
+            manager.noise = True
+    draws = iter([expected.pop(f"noise.{i}") for i in range(2 * CROSS_LAYERS)])
+    # Ours divides standard normal draws by the number of managed layers.
+    monkeypatch.setattr(torch, "randn_like", lambda like: 2 * next(draws))
+    batch = golden_batch()
+    encoded = tower.encode_images(batch["image"]), tower.encode_texts(golden_texts(batch))
+    fused = tower.fuse(*encoded, torch.arange(4)[:, None].expand(-1, 2), Need(cls=True, text=True, image=True))
+    assert next(draws, None) is None
+    for name, tensor in {"cls_feats": fused.cls, "text_feats": fused.text, "image_feats": fused.image}.items():
+        assert difference(tensor, expected[name]) <= OUTPUT, name
+
+
+@pytest.mark.parametrize("bridge", FOLDERS)
 def test_mlm(bridge):
-    case = f"{FOLDER[bridge]}/mlm"
+    case = f"{FOLDERS[bridge]}/mlm"
     model = Model(bridge, mlm={"head": MLMHead(WIDTH, VOCABULARY)})
     labels = golden_batch()["text_labels_mlm"]
     logits = model.objectives["mlm"]["head"](model.fuse(Need(text=labels != -100), ids="text_ids_mlm").text)
@@ -124,9 +150,9 @@ def test_itc():
     assert error.compared < 140, "the contrastive loss reaches the encoders and its heads alone"
 
 
-@pytest.mark.parametrize("bridge", ["add", "none"])
+@pytest.mark.parametrize("bridge", ["add", "none", "fusion"])
 def test_vqa(bridge):
-    case = f"{FOLDER[bridge]}/vqa"
+    case = f"{FOLDERS[bridge]}/vqa"
     hidden = (4 if bridge == "add" else 2) * WIDTH
     model = Model(bridge, vqa={"head": ClassifierHead(2 * WIDTH, hidden, ANSWERS)})
     expected = tensors(f"{case}/outputs")

@@ -35,6 +35,7 @@ def make_tower(
     dropout: float = 0.0,
     token_types: int = 2,
     channels: int = 3,
+    **options,
 ) -> BridgeTower:
     """Widths of the three parts differ; all parameters are random, norms and biases too."""
     torch.manual_seed(0)
@@ -46,6 +47,7 @@ def make_tower(
         make(16, cross_layers),
         CoAttention(width=16, heads=2, layers=cross_layers, dropout=dropout),
         token_types,
+        **options,
     )
     with torch.no_grad():
         for parameter in tower.parameters():

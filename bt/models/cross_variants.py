@@ -1,0 +1,122 @@
+"""Other cross-modal encoders: one stack for both modalities, and one modality that reads the other."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from bt.models.cross_modal import CrossEncoder, CrossModalLayer, FeedForward, SelfAttention, check_norm, final_norm
+from bt.models.gather import Reading, gather
+from bt.models.heads import init_new
+
+
+class MergedLayer(nn.Module):
+    """Self-attention and feed-forward on the tokens of both modalities."""
+
+    def __init__(self, width: int, heads: int, ffn_ratio: float, dropout: float, norm_eps: float, norm: str):
+        super().__init__()
+        self.self_attention = SelfAttention(width, heads, dropout, norm_eps, norm)
+        self.ffn = FeedForward(width, int(width * ffn_ratio), dropout, norm_eps, norm)
+
+    def forward(self, queries: Tensor, states: Tensor, mask: Tensor) -> Tensor:
+        """states (P, S, D), mask (P, S) -> (P, R, D) for `queries`, which are `states` or rows of it."""
+        return self.ffn(self.self_attention(queries, states, mask))
+
+
+class MergedAttention(CrossEncoder):
+    """One stack of layers on the text's tokens with the image's behind them (METER's "merged attention").
+
+    A layer has a self-attention and a feed-forward part, so it has three sevenths of the parameters of a pair of
+    co-attention layers, which METER balanced with twice as many layers. Bridges act on each modality's part.
+    """
+
+    def __init__(
+        self,
+        width: int = 768,
+        heads: int = 12,
+        layers: int = 6,
+        ffn_ratio: float = 4.0,
+        dropout: float = 0.1,
+        norm_eps: float = 1e-12,
+        init_std: float = 0.02,
+        norm: Literal["post", "pre"] = "post",
+    ):
+        super().__init__(width, heads, layers, ffn_ratio, dropout, norm_eps, init_std)
+        check_norm(norm)
+        self.stack = nn.ModuleList(MergedLayer(width, heads, ffn_ratio, dropout, norm_eps, norm) for _ in range(layers))
+        self.norm = final_norm(width, norm_eps, norm)
+        init_new(self, init_std)
+
+    def forward(self, layer, text, image, text_rows, image_rows, text_mask, pair_mask, read_text, read_image):
+        text, image = gather(text, text_rows), gather(image, image_rows)
+        states = torch.cat([text, image], dim=1)
+        mask = torch.cat([pair_mask, pair_mask.new_ones(image.shape[:2])], dim=1)
+        if _all(read_text) and _all(read_image):
+            queries, texts = states, text.shape[1]
+        else:
+            parts = [
+                states_of.narrow(1, 0, 0) if read is None else read.select(states_of)
+                for states_of, read in ((text, read_text), (image, read_image))
+            ]
+            queries, texts = torch.cat(parts, dim=1), parts[0].shape[1]
+        output = self.run(self.stack[layer], queries, states, mask)
+        if layer == self.layers - 1:
+            output = self.norm(output)
+        return (
+            None if read_text is None else read_text.pack(output[:, :texts]),
+            None if read_image is None else read_image.pack(output[:, texts:]),
+        )
+
+
+def _all(read: Reading | None) -> bool:
+    return read is not None and read.positions is None and not read.first
+
+
+class AsymmetricAttention(CrossEncoder):
+    """Cross-modal layers for one modality alone, which reads the other one as its bridges make it.
+
+    reader: text (as in ALBEF, where text layers attend to the image) or image.
+    """
+
+    def __init__(
+        self,
+        width: int = 768,
+        heads: int = 12,
+        layers: int = 6,
+        ffn_ratio: float = 4.0,
+        dropout: float = 0.1,
+        norm_eps: float = 1e-12,
+        init_std: float = 0.02,
+        norm: Literal["post", "pre"] = "post",
+        reader: Literal["text", "image"] = "text",
+    ):
+        super().__init__(width, heads, layers, ffn_ratio, dropout, norm_eps, init_std)
+        check_norm(norm)
+        if reader not in ("text", "image"):
+            raise ValueError(f"reader={reader}: allowed are text, image")
+        self.reader = reader
+        self.stack = nn.ModuleList(
+            CrossModalLayer(width, heads, ffn_ratio, dropout, norm_eps, norm) for _ in range(layers)
+        )
+        self.norm = final_norm(width, norm_eps, norm)
+        init_new(self, init_std)
+
+    def forward(self, layer, text, image, text_rows, image_rows, text_mask, pair_mask, read_text, read_image):
+        if self.reader == "text":
+            texts = self._read(layer, text, image, text_rows, image_rows, text_mask, None, read_text)
+            return texts, _passed(image, image_rows, read_image)
+        images = self._read(layer, image, text, image_rows, text_rows, None, pair_mask, read_image)
+        return _passed(text, text_rows, read_text), images
+
+    def _read(self, layer: int, *args) -> Tensor | None:
+        if args[-1] is None:
+            return None
+        output = self.run(self.stack[layer], *args)
+        return self.norm(output) if layer == self.layers - 1 else output
+
+
+def _passed(states: Tensor, rows: Tensor | None, read: Reading | None) -> Tensor | None:
+    """The states of the modality without layers: per pair, what is read of them."""
+    return None if read is None else read.pack(read.select(gather(states, rows)))
