@@ -76,6 +76,7 @@ class OptimizerConfig:
     lr: float = option(1e-5, above=0)
     cross_multiplier: float = option(5.0, low=0)
     head_multiplier: float = option(5.0, low=0)
+    layer_decay: float = option(1.0, above=0, high=1)
     weight_decay: float = option(0.01, low=0)
     betas: list[float] = option([0.9, 0.98], low=0, below=1, length=2)
     eps: float = option(1e-8, above=0)

@@ -84,9 +84,10 @@ def check_target(node: Any, key: str, *, given: Iterable[str] = (), first_given:
 
 def check_model_targets(cfg: Any) -> None:
     """All `_target_` nodes of a run's configuration (bt.config.Config)."""
-    check_target(cfg.encoder.vision, "encoder.vision")
+    vision = {k: v for k, v in cfg.encoder.vision.items() if k != "freeze"}
+    check_target(vision, "encoder.vision")
     # The tokenizer is built beside the encoder, and decides its vocabulary and which token is padding.
-    text = {k: v for k, v in cfg.encoder.text.items() if k != "tokenizer"}
+    text = {k: v for k, v in cfg.encoder.text.items() if k not in ("tokenizer", "freeze")}
     check_target(text, "encoder.text", given=("vocab_size", "pad_id"))
     # One bridge per modality is made to the measure of the cross-modal layers and of its encoder; what holds for every
     # bridge is the tower's.

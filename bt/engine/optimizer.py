@@ -65,26 +65,27 @@ def build_optimizer(model: nn.Module, cfg: OptimizerConfig) -> AdamW:
 def parameter_groups(model: nn.Module, cfg: OptimizerConfig) -> list[dict[str, Any]]:
     """{base, head, cross} x {decay, no decay}, empty ones left out; `params` are (name, parameter) pairs.
 
-    Parameters that are frozen are in no group.
+    With cfg.layer_decay below 1 there is a group for each encoder layer, the lowest first. Parameters that are frozen
+    are in no group.
     """
     rate = {"base": cfg.lr, "head": cfg.lr * cfg.head_multiplier, "cross": cfg.lr * cfg.cross_multiplier}
     exempt = undecayed(model, cfg.groups)
-    groups: dict[tuple[str, bool], list[tuple[str, nn.Parameter]]] = {
-        (role, decay): [] for role in ROLES for decay in (True, False)
-    }
+    groups: dict[tuple[str, int, bool], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups[model.parameter_role(name), name not in exempt].append((name, parameter))
+            above = model.layers_above(name) if cfg.layer_decay < 1 else 0
+            key = model.parameter_role(name), above, name not in exempt
+            groups.setdefault(key, []).append((name, parameter))
+    ordered = sorted(groups, key=lambda key: (ROLES.index(key[0]), -key[1], not key[2]))
     return [
         {
-            "params": named,
+            "params": groups[role, above, decay],
             "role": role,
-            "lr": rate[role],
-            "peak_lr": rate[role],
+            "lr": rate[role] * cfg.layer_decay**above,
+            "peak_lr": rate[role] * cfg.layer_decay**above,
             "weight_decay": cfg.weight_decay if decay else 0.0,
         }
-        for (role, decay), named in groups.items()
-        if named
+        for role, above, decay in ordered
     ]
 
 

@@ -160,6 +160,13 @@ class BridgeTower(nn.Module):
             at_base += [f"{modality}_bridge.{start}" for start in own]
         return "base" if name.startswith(tuple(at_base)) else "cross"
 
+    def layers_above(self, name: str) -> int:
+        """How many layers of its encoder lie above a parameter; 0 for those of no encoder."""
+        for start, encoder in (("vision.", self.vision), ("text.", self.text)):
+            if name.startswith(start):
+                return encoder.depth + 1 - encoder.layer_of(name.removeprefix(start))
+        return 0
+
     def adapt_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A state dict of this architecture, fitted to this tower's image size, channels and token types.
 
@@ -224,14 +231,19 @@ def build_tower(
 ) -> BridgeTower:
     """The tower of the config nodes `encoder` (vision, text), `bridge` and `cross`: `_target_` and arguments each.
 
-    encoder.text.tokenizer belongs to the data and is left out here. vocab_size, pad_id: the tokenizer's; without a
+    encoder.text.tokenizer belongs to the data and is left out here; `freeze` of either encoder is Encoder.freeze.
+    vocab_size, pad_id: the tokenizer's; without a
     pad_id the encoder keeps its own. sides: which modalities have the bridge, both, text or image; the other has none,
     as in METER. uni_layers, stop_gradient: see BridgeTower. Raises ConfigError.
     """
-    vision = build("encoder.vision", encoder["vision"])
-    text_config = {key: value for key, value in encoder["text"].items() if key != "tokenizer"}
+    vision_config, text_config = dict(encoder["vision"]), dict(encoder["text"])
+    text_config.pop("tokenizer", None)
+    frozen = {"vision": vision_config.pop("freeze", "none"), "text": text_config.pop("freeze", "none")}
+    vision = build("encoder.vision", vision_config)
     tokens = {"vocab_size": vocab_size} | ({} if pad_id is None else {"pad_id": pad_id})
     text = build("encoder.text", {**text_config, **tokens})
+    for name, made in (("vision", vision), ("text", text)):
+        made.freeze(frozen[name], f"encoder.{name}")
     cross = build("cross", cross)
 
     def make(side: str, uni: VisionEncoder | TextEncoder) -> Bridge:

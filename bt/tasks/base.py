@@ -169,6 +169,10 @@ class TaskModel(nn.Module):
             [objective.count(batch.targets[name]) for name, objective in self.objectives.items()], dtype=torch.float64
         )
 
+    def layers_above(self, name: str) -> int:
+        """How many layers of its encoder lie above a parameter, for rates that decay by layer."""
+        return self.tower.layers_above(name.removeprefix("tower.")) if name.startswith("tower.") else 0
+
     def parameter_role(self, name: str) -> str:
         """ "base", "cross" or "head": which learning-rate multiplier a parameter takes."""
         if name.startswith("tower."):

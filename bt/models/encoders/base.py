@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import torch
 import torch.nn.functional as F
@@ -62,10 +63,43 @@ def normalize_pixels(images: Tensor, offset: Tensor, scale: Tensor) -> Tensor:
     return images.to(torch.float32, memory_format=torch.contiguous_format).sub_(offset).mul_(scale)
 
 
-class VisionEncoder(nn.Module):
+# Libraries call the list of a transformer's blocks by one of these names.
+_BLOCK = re.compile(r"\b(?:layers?|blocks|resblocks)\.(\d+)\.")
+_FINAL = re.compile(r"\w+\.(?:norm|ln_post|final_norm|final_layer_norm|head\.norm)\.\w+")
+
+
+class Encoder(nn.Module):
+    """What image and text encoders share. depth: layers that can be bridged."""
+
+    depth: int
+
+    def layer_of(self, name: str) -> int:
+        """The layer of a parameter: 0 for what lies before the first block, 1 to depth, depth + 1 for what follows."""
+        if match := _BLOCK.search(name):
+            return int(match[1]) + 1
+        return self.depth + 1 if _FINAL.fullmatch(name) else 0
+
+    def freeze(self, what: str, key: str) -> None:
+        """what: "none", "all", or "bottom:N", everything up to block N, so that "bottom:0" is the embeddings alone.
+
+        Raises ConfigError that names `key`.
+        """
+        match = re.fullmatch(r"none|all|bottom:(\d+)", what)
+        if match is None or (match[1] and int(match[1]) > self.depth):
+            raise ConfigError(f"{key}.freeze={what}: allowed are none, all, bottom:N with N from 0 to {self.depth}")
+        top = -1 if what == "none" else self.depth + 1 if what == "all" else int(match[1])
+        for name, parameter in self.named_parameters():
+            if self.layer_of(name) <= top:
+                parameter.requires_grad_(False)
+
+    def set_gradient_checkpointing(self, enabled: bool) -> None:
+        raise NotImplementedError
+
+
+class VisionEncoder(Encoder):
     """Images to the states of the top layers.
 
-    width: of the states. depth: layers that can be bridged. image_size: pixels of a side. channels: of an image.
+    width: of the states. image_size: pixels of a side. channels: of an image.
     input_channels: of the first convolution. It is that of `channels`, but three for grey images: they enter as their
     stacked copies, so that models of grey and of colour images have the same weights.
     tokens: per image, the class token first. mean, std: of the pixels in [0, 1], per input channel.
@@ -73,7 +107,6 @@ class VisionEncoder(nn.Module):
     """
 
     width: int
-    depth: int
     position_key: str
     patch_key: str
 
@@ -110,9 +143,6 @@ class VisionEncoder(nn.Module):
         """Grey (I, 1, H, W) -> a view with three equal channels; other images as they are."""
         return images.expand(-1, self.input_channels, -1, -1) if self.channels == images.shape[1] == 1 else images
 
-    def set_gradient_checkpointing(self, enabled: bool) -> None:
-        raise NotImplementedError
-
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 pixels -> float, as ToTensor and Normalize do; images that are float already are left alone.
 
@@ -134,22 +164,18 @@ class VisionEncoder(nn.Module):
         return state
 
 
-class TextEncoder(nn.Module):
+class TextEncoder(Encoder):
     """Token ids to the states of the top layers.
 
-    width: of the states. depth: layers that can be bridged. max_positions: longest text, in tokens.
+    width: of the states. max_positions: longest text, in tokens.
     vocab_size, pad_id: arguments of the constructor too, which get those of the tokenizer.
     """
 
     width: int
-    depth: int
     vocab_size: int
     max_positions: int
     pad_id: int
 
     def forward(self, ids: Tensor, mask: Tensor, states: int) -> list[Tensor]:
         """ids (T, L) int64, mask (T, L) bool -> the outputs (T, L, width) of the top `states` layers, bottom first."""
-        raise NotImplementedError
-
-    def set_gradient_checkpointing(self, enabled: bool) -> None:
         raise NotImplementedError

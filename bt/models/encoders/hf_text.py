@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -22,6 +22,8 @@ class HFText(TextEncoder):
     vocab_size: of the tokenizer; a model with random weights takes it, a pre-trained one must have as many rows.
     pad_id: the tokenizer's, likewise: with random weights it is taken, pre-trained ones must have been trained with it.
     dropout: of attention probabilities and hidden states; None: the model's own (RoBERTa: 0.1).
+    cls: which token's state stands for the text and is the first one given: the "first" token's, or the "last" real
+    token's, for encoders that read from left to right (CLIP), whose first token has seen nothing.
     """
 
     def __init__(
@@ -32,6 +34,7 @@ class HFText(TextEncoder):
         vocab_size: int | None = None,
         dropout: float | None = None,
         pad_id: int | None = None,
+        cls: Literal["first", "last"] = "first",
     ):
         super().__init__()
         if (name is None) == (config is None):
@@ -61,6 +64,9 @@ class HFText(TextEncoder):
             if not hasattr(settings, "hidden_dropout_prob"):
                 raise ConfigError(f"encoder.text.dropout: {settings.model_type} names its dropout otherwise, set null")
             settings.hidden_dropout_prob = settings.attention_probs_dropout_prob = dropout
+        if cls not in ("first", "last"):
+            raise ConfigError(f"encoder.text.cls={cls}: allowed are first, last")
+        self.cls = cls
         self.model = self._model(name if pretrained else None, settings)
         # The pooler is for sentence tasks; the tower reads the states alone.
         self.model.pooler = None
@@ -85,7 +91,8 @@ class HFText(TextEncoder):
             except StrictDataclassError as error:
                 raise ConfigError(f"encoder.text.config: {' '.join(str(error).split())}") from error
         try:
-            return AutoConfig.from_pretrained(name)
+            # Of a model of texts and images (CLIP) the text tower's.
+            return AutoConfig.from_pretrained(name).get_text_config()
         except (OSError, ValueError) as error:
             raise unreachable(name, error) from error
 
@@ -106,7 +113,15 @@ class HFText(TextEncoder):
                 f"data.max_text_len: texts of {ids.shape[1]} tokens, the encoder has {self.max_positions}"
             )
         output = self.model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
-        return list(output.hidden_states[-states:])
+        found = list(output.hidden_states[-states:])
+        if (final := getattr(self.model, "final_layer_norm", None)) is not None:
+            # CLIP's blocks are pre-norm; as in its image encoder every state gets the norm behind the last one.
+            found = [final(state) for state in found]
+        if self.cls == "last":
+            last = mask.sum(dim=1) - 1
+            rows = torch.arange(len(ids), device=ids.device)
+            found = [torch.cat([state[rows, last][:, None], state[:, 1:]], dim=1) for state in found]
+        return found
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
         if enabled:
