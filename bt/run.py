@@ -72,6 +72,7 @@ class Training:
         optimizer = build_optimizer(self.model, cfg.optimizer)
         schedule = make_schedule(cfg.optimizer, self.total_steps)
         state = checkpoint.resume(self.last, self.model, optimizer) if self.last else {}
+        self.batches = self.data.train(self.train_set, self.plan, state.get("step", 0), self.total_steps)
         self.trainer = Trainer(
             self.model,
             optimizer,
@@ -124,7 +125,7 @@ class Training:
             if not self.out_of_patience():
                 fit(
                     self.trainer,
-                    self.data.train(self.train_set, self.plan, step, total),
+                    self.batches,
                     total_steps=total,
                     accumulation=self.plan.accumulation,
                     global_batch=self.cfg.global_batch,

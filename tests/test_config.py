@@ -92,6 +92,9 @@ def command(monkeypatch, capfd, tmp_path):
         ("~bridge._target_", "bridge has no _target_: choose an option of the group"),
         ("plugins=[/nonexistent]", "plugins: /nonexistent is not a directory"),
         ("task.objectives.vqa.layers=two", "task.objectives.vqa.layers='two' has the wrong type"),
+        ("+encoder.text.tokenizer.colour=1", "unknown option encoder.text.tokenizer.colour: "),
+        ("encoder.text.tokenizer.vocab_size=many", "encoder.text.tokenizer.vocab_size='many' has the wrong type"),
+        ("~encoder.text.tokenizer", "encoder.text.tokenizer must be given"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_the_key(command, argument, said):

@@ -89,6 +89,10 @@ def check_model_targets(cfg: Any) -> None:
     # The tokenizer is built beside the encoder, and decides its vocabulary and which token is padding.
     text = {k: v for k, v in cfg.encoder.text.items() if k not in ("tokenizer", "freeze")}
     check_target(text, "encoder.text", given=("vocab_size", "pad_id"))
+    if not isinstance(tokenizer := cfg.encoder.text.get("tokenizer"), Mapping):
+        raise ConfigError("encoder.text.tokenizer must be given: {kind: trained} or {kind: pretrained, name: ...}")
+    maker = {"_target_": "bt.data.text.make_tokenizer", **tokenizer}
+    check_target(maker, "encoder.text.tokenizer", given=("texts",))
     # One bridge per modality is made to the measure of the cross-modal layers and of its encoder; what holds for every
     # bridge is the tower's.
     bridge = {k: v for k, v in cfg.bridge.items() if k not in BRIDGE_OPTIONS}

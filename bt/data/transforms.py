@@ -118,7 +118,7 @@ class Transform:
         decode_draft: bool = False,
     ):
         if channels not in (1, 3):
-            raise ConfigError(f"image channels: {channels}; images of shards are read with 1 (grey) or 3 (RGB)")
+            raise ConfigError(f"encoder.vision.channels={channels}: images of shards are read with 1 (grey) or 3 (RGB)")
         if randaug not in ("official", "torchvision"):
             raise ConfigError(f"data.randaug={randaug} is not one of: official, torchvision")
         if resize not in ("pil", "fast"):
@@ -242,7 +242,8 @@ def make_transform(
 ) -> Transform:
     """The transform of that name; ConfigError names those there are."""
     if name not in TRANSFORMS:
-        raise ConfigError(f"transform '{name}' is unknown: allowed are {', '.join(sorted(TRANSFORMS))}")
+        allowed = ", ".join(sorted(TRANSFORMS))
+        raise ConfigError(f"data.train_transform, data.eval_transform: '{name}' is unknown: allowed are {allowed}")
     options = {"randaug": randaug, "resize": resize, "decode_draft": decode_draft}
     return Transform(TRANSFORMS[name], image_size, channels, **options)
 

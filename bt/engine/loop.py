@@ -80,7 +80,8 @@ class Trainer:
         self.names = list(model.objectives)
         self.weights = [model.objectives[name].weight for name in self.names]
         self.step = 0
-        self._unchecked: tuple[int, list[str], Tensor] | None = None
+        self._unchecked: Tensor | None = None
+        self._keys: list[str] = []  # images of the last step
 
     def train_step(self, micro_batches: list[Batch], stop: bool = False) -> tuple[Tensor, bool]:
         """One optimizer step over this rank's micro-batches.
@@ -117,26 +118,29 @@ class Trainer:
         self.step += 1
         losses /= counts.to(losses.device)
         # Looking at a loss one step late keeps the host ahead of a GPU.
-        self.check_loss()
-        self._unchecked = self.step, [key for batch in micro_batches for key in batch.keys], losses
+        self.check_loss(self.step - 1)
+        self._unchecked, self._keys = losses, [key for batch in micro_batches for key in batch.keys]
         return losses, bool(agreed[-1])
 
-    def check_loss(self) -> None:
-        """Raises NonFiniteLoss if the loss of the last step is NaN or infinite; waits for that step."""
+    def check_loss(self, step: int | None = None) -> None:
+        """Raises NonFiniteLoss if the loss of the last step (by default `self.step`) is NaN or infinite; waits for it."""
         if self._unchecked is None:
             return
-        (step, keys, losses), self._unchecked = self._unchecked, None
+        losses, self._unchecked = self._unchecked, None
         bad = [name for name, value in zip(self.names, losses.tolist(), strict=True) if not np.isfinite(value)]
         if bad:
-            shown = ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
-            raise NonFiniteLoss(f"the loss of {', '.join(bad)} is not finite at step {step}; images: {shown}")
+            raise NonFiniteLoss(f"the loss of {', '.join(bad)} is not finite at step {step or self.step}; {self._images()}")
 
     def check_finite(self) -> None:
         """Raises NonFiniteLoss if the last loss or a weight is NaN or infinite."""
         self.check_loss()
         for name, parameter in self.model.named_parameters():
             if not torch.isfinite(parameter).all():
-                raise NonFiniteLoss(f"{name} is not finite after step {self.step}")
+                raise NonFiniteLoss(f"{name} is not finite after step {self.step}; {self._images()}")
+
+    def _images(self) -> str:
+        more = f" and {len(self._keys) - 8} more" if len(self._keys) > 8 else ""
+        return f"images: {', '.join(self._keys[:8])}{more}"
 
     def learning_rates(self) -> dict[str, float]:
         return {group["role"]: group["lr"] for group in self.optimizer.param_groups}
