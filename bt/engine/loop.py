@@ -123,13 +123,14 @@ class Trainer:
         return losses, bool(agreed[-1])
 
     def check_loss(self, step: int | None = None) -> None:
-        """Raises NonFiniteLoss if the loss of the last step (by default `self.step`) is NaN or infinite; waits for it."""
+        """Raises NonFiniteLoss if the loss of the last step, number `step`, is NaN or infinite; waits for it."""
         if self._unchecked is None:
             return
         losses, self._unchecked = self._unchecked, None
         bad = [name for name, value in zip(self.names, losses.tolist(), strict=True) if not np.isfinite(value)]
         if bad:
-            raise NonFiniteLoss(f"the loss of {', '.join(bad)} is not finite at step {step or self.step}; {self._images()}")
+            what = f"the loss of {', '.join(bad)} is not finite at step {step or self.step}"
+            raise NonFiniteLoss(f"{what}; {self._images()}")
 
     def check_finite(self) -> None:
         """Raises NonFiniteLoss if the last loss or a weight is NaN or infinite."""
