@@ -183,6 +183,8 @@ def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
         plain[key] = tensor.clone() if place in seen else tensor
         seen.add(place)
     save_file(plain, path)
+    # safetensors makes files for their owner alone; a checkpoint is for whom its directory is for.
+    path.chmod(path.parent.stat().st_mode & 0o666)
     _sync(path)
 
 

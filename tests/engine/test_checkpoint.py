@@ -113,6 +113,7 @@ def test_a_resumed_optimizer_goes_on_bit_for_bit(tmp_path):
         "tokenizer.json",
     }
     assert (where / "tokenizer.json").read_text() == '{"vocabulary": 1}'
+    assert len({path.stat().st_mode for path in where.iterdir()}) == 1, "who may read one file may read the checkpoint"
 
 
 def test_last_and_best_point_at_what_is_kept(tmp_path):
