@@ -25,7 +25,7 @@ from bt.engine.distributed import World
 from bt.engine.initial import weights_file
 from bt.errors import CheckpointError, ConfigError
 from bt.models.bridgetower import build_tower
-from bt.tasks.base import Context, TaskModel
+from bt.tasks.base import Context, Objective, TaskModel
 
 # Evaluation draws (ITM pairs, masks) are the same for every training seed, so that runs can be compared.
 EVALUATION_SEED = 0
@@ -83,10 +83,17 @@ def build_model(
             f"data.max_text_len={cfg.data.max_text_len}: encoder.text takes at most {tower.text.max_positions} tokens"
         )
     context = Context(tower.width, tower.text.width, tower.vision.width, tokenizer, labels)
-    objectives = {name: kind(context, **_arguments(cfg.task.objectives[name])) for name, kind in kinds.items()}
+    objectives = {name: _objective(name, kind, context, cfg.task.objectives[name]) for name, kind in kinds.items()}
     evaluators = {name: get_class(node["_target_"])(**_arguments(node)) for name, node in cfg.task.evaluators.items()}
     tower.set_gradient_checkpointing(cfg.trainer.gradient_checkpointing)
     return TaskModel(tower, objectives, evaluators, cfg.task.batch_metrics)
+
+
+def _objective(name: str, kind: type, context: Context, node: Mapping[str, Any]) -> Objective:
+    try:
+        return kind(context, **_arguments(node))
+    except ConfigError as error:
+        raise ConfigError(f"task.objectives.{name}: {error}") from error
 
 
 def _arguments(node: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,10 @@
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from bt import train
 from bt.data.sources.easy_vqa import EasyVQA
 from bt.data.write import convert
 from tests.data.helpers import make_raw_tree
@@ -31,3 +33,20 @@ def few_dir(tmp_path_factory, small_raw) -> Path:
     out = tmp_path_factory.mktemp("few") / "shards"
     convert(EasyVQA(str(small_raw)), out, shard_size=10)
     return out
+
+
+@pytest.fixture
+def command(monkeypatch, capfd, tmp_path):
+    """Runs `python -m bt.train ...` in this process; returns status and standard error."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["bt.train", *map(str, arguments)])
+        try:
+            train.main()
+            status = 0
+        except SystemExit as end:
+            status = end.code
+        return status, capfd.readouterr().err
+
+    return call

@@ -4,36 +4,17 @@ import os
 import pickle
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from bt import train
 from bt.data.shards import ShardSet
 from bt.data.text import train_tokenizer
 from bt.engine import checkpoint
 from tests.data.helpers import flip_byte, truncate
 
 RUN = ["experiment=easy_vqa", "trainer=smoke", "data.workers=0", "tracking=none", "eval.test=false"]
-
-
-@pytest.fixture
-def command(monkeypatch, capfd, tmp_path):
-    """Runs `python -m bt.train ...` in this process; returns status and standard error."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["bt.train", *map(str, arguments)])
-        try:
-            train.main()
-            status = 0
-        except SystemExit as end:
-            status = end.code
-        return status, capfd.readouterr().err
-
-    return call
 
 
 @pytest.fixture
@@ -135,8 +116,25 @@ def test_loss_that_becomes_nan(command, few_dir, tmp_path, evaluations):
         "trainer.grad_clip=null", "checkpoint.every_steps=1", evaluations,
     )  # fmt: skip
     good = checkpoint.last_checkpoint(tmp_path / "run")
-    one_line(result, "not finite", "step", f"last good checkpoint: run/checkpoints/{good.name}")
+    one_line(result, "not finite", "step", "; images: train-", f"last good checkpoint: run/checkpoints/{good.name}")
     assert all(value.isfinite().all() for value in checkpoint.read_tensors(good / "model.safetensors").values())
+
+
+def test_loss_that_is_nan(command, few_dir):
+    """Two workers, and nothing that looks at the weights before the next loss does."""
+    result = command(
+        *RUN, f"data.dir={few_dir}", "run_dir=run", "optimizer.lr=1e38", "optimizer.warmup=1", "trainer.max_steps=9",
+        "trainer.grad_clip=null", "data.workers=2",
+    )  # fmt: skip
+    one_line(result, "the loss of vqa is not finite at step 3; images: train-", "checkpoint: none was saved yet")
+
+
+def test_unknown_transform_leaves_no_run_directory(command, few_dir, tmp_path):
+    wrong = [*RUN, f"data.dir={few_dir}", "run_dir=run"]
+    one_line(command(*wrong, "data.train_transform=crop"), "data.train_transform", "'crop'", "clip, clip_randaug")
+    one_line(command(*wrong, "task.objectives.vqa.weight=-1"), "task.objectives.vqa: VQA.weight=-1: must be at least 0")
+    assert not (tmp_path / "run").exists()
+    assert command(*wrong)[0] == 0
 
 
 def test_metric_that_no_objective_measures(command, few_dir):
