@@ -96,6 +96,28 @@ def test_the_metric_of_the_split_is_returned_and_the_runs_own_results_stay(train
     assert json.loads((trained / "evaluation-test.json").read_text())["metrics"] == own["metrics"]
 
 
+def test_weights_alone_with_task_and_data(trained, few_dir, evaluate, tmp_path):
+    """init_from: a run, a checkpoint or a file, with a configuration of one's own."""
+    reported = json.loads((trained / "report.json").read_text())["metrics"]
+    own = ["task=vqa", f"data.dir={few_dir}", "encoder=tiny", "cross=tiny", "data.max_text_len=16", "trainer.threads=1"]
+    own += ["eval.max_samples=8", "eval.batch=8"]  # as trainer=smoke has it
+    for source in (trained, trained / "checkpoints/best", trained / "checkpoints/best/model.safetensors"):
+        done = evaluate(f"init_from={source}", *own, "split=val")
+        assert (done.status, done.value) == (0, reported["vqa/val/score"]), done.error
+    written = [json.loads(path.read_text()) for path in (tmp_path / "evaluations").glob("*/evaluation-val.json")]
+    own_figures = {key: value for key, value in reported.items() if "/val/" in key}
+    assert [found["metrics"] for found in written] == 3 * [own_figures]
+    done = evaluate(f"init_from={trained}", *own, "run_dir=there")
+    assert (done.status, done.value) == (0, reported["vqa/test/score"])
+    assert (tmp_path / "there/predictions-test.jsonl").read_bytes() == (trained / "predictions-test.jsonl").read_bytes()
+    for changed, said in (
+        ("cross.width=64", "another architecture: tower.text_projection.weight: has (32, 32), needs (64, 32)"),
+        ("task=pretrain", "has no trained head for mlm, itm"),
+    ):
+        done = evaluate(f"init_from={trained}", *own, changed)
+        assert done.status == 1 and done.error.count("\n") == 1 and said in done.error, done.error
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
