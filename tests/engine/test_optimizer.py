@@ -52,18 +52,19 @@ OFFICIAL = {
     "pretrain_mlm_itm_itc": ["mlm", "itm", "itc"],
     "pretrain_mlm_itm_itc_hard": ["mlm", "itm", "itc"],
 }
+METER = "pretrain_mlm_itm"
 
 
-def golden_model(*names: str) -> TaskModel:
+def golden_model(*names: str, bridge: str = "add") -> TaskModel:
     tokenizer = SimpleNamespace(vocab_size=VOCABULARY, mask_id=4, special_ids=[0, 1, 2, 3, 4])
     labels = {"answers": [str(answer) for answer in range(ANSWERS)]}
     context = Context(WIDTH, WIDTH, WIDTH, tokenizer, labels)
-    return TaskModel(golden_tower(), {name: OBJECTIVES[name](context) for name in names})
+    return TaskModel(golden_tower(bridge), {name: OBJECTIVES[name](context) for name in names})
 
 
-@pytest.mark.parametrize("task", OFFICIAL)
-def test_groups_are_the_released_ones_by_name(task):
-    golden = table(f"bridgetower/optimizer/groups_{task}")
+@pytest.mark.parametrize("folder, task", [*(("bridgetower/optimizer", t) for t in OFFICIAL), ("meter", METER)])
+def test_groups_are_the_released_ones_by_name(folder, task):
+    golden = table(f"{folder}/groups_{task}")
     cfg = OptimizerConfig(
         lr=1.0,
         weight_decay=1.0,
@@ -71,7 +72,8 @@ def test_groups_are_the_released_ones_by_name(task):
         head_multiplier=golden["lr_mult_head"],
         cross_multiplier=golden["lr_mult_cross_modal"],
     )
-    optimizer = build_optimizer(golden_model(*OFFICIAL[task]), cfg)
+    model = golden_model(*OFFICIAL[task], bridge="none" if folder == "meter" else "add")
+    optimizer = build_optimizer(model, cfg)
     # Each parameter filled with its rate (negative: without decay), so that the split of fused maps is checked too.
     filled = {
         name: torch.full_like(parameter, group["lr"] if group["weight_decay"] else -group["lr"])

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from bt.data.batch import Batch, Texts
+from bt.engine.distributed import World
+from bt.engine.loop import Trainer
 from bt.tasks.base import Context, TaskModel
 from bt.tasks.itc import ITC
 from bt.tasks.itm import ITM
@@ -54,15 +56,20 @@ def step(model: TaskModel, batch: Batch, name: str):
     return result, loss.item()
 
 
-def test_mlm():
-    raw, expected = golden_batch(), tensors("bridgetower/mlm/outputs")
+def masked_texts(raw):
     positions = raw["text_labels_mlm"] != -100
-    targets = {
+    return {
         "ids": raw["text_ids_mlm"],
         "mask": raw["text_masks"].bool(),
         "positions": positions,
         "labels": raw["text_labels_mlm"][positions],
     }
+
+
+def test_mlm():
+    raw, expected = golden_batch(), tensors("bridgetower/mlm/outputs")
+    targets = masked_texts(raw)
+    positions = targets["positions"]
     model = golden_model(mlm=MLM(CONTEXT))
     result, loss = step(model, make_batch(raw["image"], {"mlm": targets}), "mlm")
     scalars = table("bridgetower/mlm/scalars")
@@ -72,17 +79,42 @@ def test_mlm():
     assert_gradients(model, "bridgetower/mlm")
 
 
-def test_itm():
-    raw, expected = golden_batch(), tensors("bridgetower/itm/outputs")
+def drawn_pairs(raw, expected):
+    """Images and targets of the draw that the itm case records."""
     labels = expected["labels"].long()
     own = torch.arange(len(labels))
-    images = torch.cat([raw["image"], raw["false_image_0"]])
     pairs = torch.stack([torch.where(labels == 1, own, own + len(own)), own], dim=1)
+    return torch.cat([raw["image"], raw["false_image_0"]]), {"pairs": pairs, "labels": labels}
+
+
+def test_itm():
+    raw, expected = golden_batch(), tensors("bridgetower/itm/outputs")
+    images, targets = drawn_pairs(raw, expected)
     model = golden_model(itm=ITM(CONTEXT))
-    result, loss = step(model, make_batch(images, {"itm": {"pairs": pairs, "labels": labels}}), "itm")
+    result, loss = step(model, make_batch(images, {"itm": targets}), "itm")
     assert difference(result.outputs["logits"], expected["logits"]) <= 1e-5
     assert loss == pytest.approx(table("bridgetower/itm/scalars")["loss"], abs=2e-6)
     assert_gradients(model, "bridgetower/itm")
+
+
+def test_one_training_step_of_mlm_and_itm():
+    """The released training_step: both losses on the same batch with the same draw, and their sum is descended."""
+    raw, scalars = golden_batch(), table("bridgetower/itm/training_step_mlm_itm")
+    images, pairs = drawn_pairs(raw, tensors("bridgetower/itm/outputs"))
+    batch = make_batch(images, {"mlm": masked_texts(raw), "itm": pairs})
+    moved, rate = [], 0.5
+    for objectives in ({"mlm": MLM(CONTEXT), "itm": ITM(CONTEXT)}, {"mlm": MLM(CONTEXT)}, {"itm": ITM(CONTEXT)}):
+        model = golden_model(**objectives)
+        weight = model.tower.text_projection.weight
+        before = weight.detach().clone()
+        optimizer = torch.optim.SGD([{"params": list(model.parameters()), "peak_lr": rate}], lr=rate)
+        trainer = Trainer(model, optimizer, lambda _: 1.0, World(0, 1, torch.device("cpu")), seed=0)
+        losses, _ = trainer.train_step([batch])
+        assert losses.tolist() == pytest.approx([scalars[f"{name}_loss"] for name in objectives], abs=2e-6)
+        moved.append(weight.detach() - before)
+    assert scalars["total"] == pytest.approx(scalars["mlm_loss"] + scalars["itm_loss"], abs=1e-6)
+    both, *parts = moved
+    assert (both - sum(parts)).norm() <= 1e-5 * both.norm() and min(part.norm() for part in parts) > 1e-3
 
 
 def test_itc():
