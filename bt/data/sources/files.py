@@ -95,7 +95,7 @@ class _Cursor:
 
     def __init__(self, path: Path, file: BinaryIO):
         self._path, self._file = path, file
-        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
         self._text, self._at, self._ended, self._lines, self._passed = "", 0, False, 1, 0
 
     def elements(self, key: str | None) -> Iterator[Any]:
@@ -112,6 +112,9 @@ class _Cursor:
     def _enter(self, key: str) -> None:
         """Go to the value of a key of the object that starts here."""
         self._take("{")
+        missing = DataError(f"{self._path}: its object has no list {key!r}")
+        if self._peek() == "}":
+            raise missing
         while True:
             name = self._value()
             self._take(":")
@@ -119,7 +122,7 @@ class _Cursor:
                 return
             self._value()
             if self._take(",}") == "}":
-                raise DataError(f"{self._path}: its object has no list {key!r}")
+                raise missing
 
     def _value(self) -> Any:
         self._peek()

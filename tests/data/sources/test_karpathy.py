@@ -94,6 +94,23 @@ def test_damage_is_counted(coco, tmp_path):
     assert samples_of(tmp_path / "out", "train")["COCO_train2014_000000000004"].info["captions"] == words(4, 5)
 
 
+def test_a_byte_order_mark_says_nothing(coco):
+    path = coco / "karpathy/dataset_coco.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert len(list(CocoKarpathy(str(coco)).samples(print))) == len(COCO)
+
+
+@pytest.mark.parametrize("name", ["null\0.jpg", "half\ud800.jpg", "a/" * 3000 + "b.jpg", "a" * 300 + ".jpg"])
+def test_names_that_no_file_can_have(coco, tmp_path, name):
+    path = coco / "karpathy/dataset_coco.json"
+    data = json.loads(path.read_text())
+    data["images"].append(entry(name, "train", 5))
+    path.write_text(json.dumps(data))
+    index, _ = convert(CocoKarpathy(str(coco)), tmp_path / "out")
+    assert index.skipped == {"image cannot be read" if len(name) > 200 else "missing image": 1}
+    assert index.samples("train") == 2
+
+
 def test_broken_files_are_one_line(coco):
     path = coco / "karpathy/dataset_coco.json"
     text = path.read_bytes()
@@ -109,6 +126,7 @@ def test_broken_files_are_one_line(coco):
     assert message(text[:-30]).startswith(f"cannot read the raw file {path}: ")
     assert f"{path}: expected {{ (character 0)" in message(b"[]")
     assert f"{path}: its object has no list 'images'" in message(b'{"dataset": "coco"}')
+    assert f"{path}: its object has no list 'images'" in message(b" { } ")
     assert message(b'{"dataset": "coco",\n"images": ["\xff"]}').endswith(f"{path}: line 2 is not UTF-8")
     path.unlink()
     with pytest.raises(DataError, match=f"missing raw file: {path}"):
