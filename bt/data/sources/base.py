@@ -101,9 +101,9 @@ class Source:
 
 
 def read_json(path: Path) -> Any:
-    """A raw json file; DataError in one line if it is missing or broken."""
+    """A raw json file; DataError in one line if it is missing or broken. Bytes that are not UTF-8 become surrogates."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig", errors="surrogateescape"))
     except FileNotFoundError:
         raise DataError(f"missing raw file: {path}") from None
     except (ValueError, OSError) as error:

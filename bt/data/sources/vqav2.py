@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from bt.data import answers as spelling
 from bt.data.sources.base import RawSample, Source
-from bt.data.sources.files import need_folder, stream_list
+from bt.data.sources.files import need_folder, stream_list, valid_utf8
 from bt.data.sources.raw import ignore, inside, need
 from bt.errors import ConfigError
 
@@ -62,8 +62,10 @@ def read_annotations(path: Path, skip: Callable[[str], None] = ignore) -> list[t
     for entry in stream_list(path, "annotations"):
         try:
             answers = [sys.intern(str(answer["answer"])) for answer in entry["answers"]]  # few differ
-            kind = str(entry["answer_type"])
-            found.append((int(entry["question_id"]), Annotation(str(entry["multiple_choice_answer"]), answers, kind)))
+            kind, major = str(entry["answer_type"]), str(entry["multiple_choice_answer"])
+            if not valid_utf8(major):  # it could become a class
+                raise ValueError(major)
+            found.append((int(entry["question_id"]), Annotation(major, answers, kind)))
         except (KeyError, TypeError, ValueError):
             skip("malformed annotation")
     return found
