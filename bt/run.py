@@ -8,6 +8,7 @@ import logging
 import os
 import statistics
 import time
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,9 @@ class Training:
         self.best: dict[str, Any] | None = None
         self.stale = 0  # evaluations since the best one
         self.seconds = 0.0  # of earlier starts of this run
-        self.images_seen, self.images_skipped = 0, 0
+        self.images_seen = 0
+        self.left_out: dict[str, Counter[str]] = {}  # bad images by "shard: reason"; train, and the last val and test
+        self.said: set[str] = set()  # reasons that have been logged
 
     def evaluates(self) -> bool:
         return self.cfg.eval.every_steps is not None or self.cfg.eval.every_epochs is not None
@@ -93,7 +96,8 @@ class Training:
             self.trainer.step = state["step"]
             self.trainer.scaler.load_state_dict(state["scaler"])
             self.best, self.stale, self.seconds = state["best"], state["stale"], state["seconds"]
-            self.images_seen, self.images_skipped = state["images_seen"], state["images_skipped"]
+            self.images_seen = state["images_seen"]
+            self.left_out = {split: Counter(reasons) for split, reasons in state["left_out"].items()}
         if self.world.main:
             self.journal.cut(self.trainer.step)
         self.saved_at = time.perf_counter()
@@ -154,10 +158,9 @@ class Training:
 
     def on_log(self, step: StepReport) -> None:
         self.images_seen += step.images
-        self.images_skipped += sum(step.skipped.values())
+        bad = self.left_out.get("train", Counter()) + Counter(step.skipped)
         # An epoch at least, so that the first bad image of a run does not count as a share of a handful.
-        images = max(self.images_seen + self.images_skipped, len(self.plan.index.samples))
-        self.check_skipped(step.skipped, self.images_skipped, images)
+        self.check_left_out("train", bad, max(self.images_seen + bad.total(), len(self.plan.index.samples)))
         if not self.world.main:
             return
         record = {"step": step.step, "epoch": round(step.epoch, 4)}
@@ -167,14 +170,18 @@ class Training:
         self.journal.append(record)
         self.progress.report(step.step, step.epoch, step.losses, step.pairs_per_second)
 
-    def check_skipped(self, reasons: Mapping[str, int], skipped: int, images: int) -> None:
-        """Says what was left out of `images`, and stops when it is too much."""
-        shown = ", ".join(f"{reason} ({count})" for reason, count in sorted(reasons.items()))
-        if skipped > self.cfg.data.max_bad_share * images:
+    def check_left_out(self, split: str, bad: Counter[str], images: int) -> None:
+        """Notes what was left out of `images`, names each reason once, and stops when it is too much."""
+        self.left_out[split] = bad
+        if bad.total() > self.cfg.data.max_bad_share * images:
             share = f"more than data.max_bad_share={self.cfg.data.max_bad_share}"
-            raise DataError(f"{skipped} of {images} images are bad, {share}: {shown}")
-        if reasons and self.world.main:
-            log.warning(f"left out bad images: {shown}")
+            shown = ", ".join(f"{place} ({count})" for place, count in sorted(bad.items()))
+            raise DataError(f"{bad.total()} of {images} images are bad, {share}: {shown}")
+        for place in sorted(bad):
+            reason = place.partition(": ")[2]
+            if reason not in self.said and self.world.main:
+                log.warning(f"left out a bad image of {place} (the first for this reason; report.json counts them)")
+            self.said.add(reason)
 
     def after_step(self, step: int, stop: bool) -> bool:
         """Evaluates and saves where it is time to; False ends the training."""
@@ -238,7 +245,7 @@ class Training:
                 "stale": self.stale,
                 "seconds": self.elapsed(),
                 "images_seen": self.images_seen,
-                "images_skipped": self.images_skipped,
+                "left_out": self.left_out,
                 "labels": self.train_set.labels,
             }
             checkpoint.save(
@@ -286,7 +293,7 @@ class Training:
             self.cfg.eval.cache_bytes,
         )
         measured = evaluate(self.model, batches, self.world, how, predictions=predictions)
-        self.check_skipped(measured.skipped, measured.skipped.total(), batches.images)
+        self.check_left_out(split, measured.skipped, batches.images)
         return measured
 
     def report(self, metrics: dict[str, float], mirror: Mirror) -> None:
@@ -303,6 +310,7 @@ class Training:
             "seconds": self.elapsed(),
             "pairs_per_second": statistics.median(speeds) if speeds else None,
             "parameters": {"all": sum(counts.values()), **counts},
+            "left_out": {split: dict(sorted(bad.items())) for split, bad in self.left_out.items()},
             "world_size": self.world.size,
             **report.peak_memory(self.world.device),
             **report.environment(self.world.device),

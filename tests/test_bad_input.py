@@ -1,14 +1,19 @@
 """What a user may get wrong, at the command line: one clear line each, status 1, and nothing lost."""
 
+import json
+import logging
 import os
 import pickle
+import re
 import shutil
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 
+from bt.data.plan import PairIndex, TrainPlan
 from bt.data.shards import ShardSet
 from bt.data.text import train_tokenizer
 from bt.engine import checkpoint
@@ -60,14 +65,29 @@ def test_truncated_shard(command, damaged_dir):
     one_line(command(*RUN, f"data.dir={damaged_dir}"), "train-000002.tar")
 
 
-def test_shard_whose_bytes_differ_from_the_index(command, damaged_dir):
+def test_shard_whose_bytes_differ_from_the_index(command, damaged_dir, caplog, monkeypatch):
     for shard in damaged_dir.glob("train-*.tar"):
         flip_byte(shard, 700)  # inside the first sample's json
     long = [*RUN, f"data.dir={damaged_dir}", "data.max_samples=null", "trainer.max_steps=30", "global_batch=32"]
     one_line(command(*long), "differ from the index (CRC-32)", "verify=")
-    # Asked to, the run leaves such samples out, says so, and ends well; above the allowed share it stops.
-    status, err = command(*long, "data.on_bad_sample=skip", "data.max_bad_share=0.5")
+    # Asked to, the run leaves such samples out, says so once, counts them by shard, and ends well.
+    monkeypatch.setattr(logging.getLogger("bt"), "handlers", [caplog.handler])
+    status, err = command(*long, "data.on_bad_sample=skip", "data.max_bad_share=0.5", "run_dir=left_out")
     assert status == 0, err
+    (said,) = [line for line in caplog.messages if "left out" in line]
+    assert re.fullmatch(r"left out a bad image of train-00000\d.tar: bytes differ from the index \(the first .*", said)
+    counted = json.loads(Path("left_out/report.json").read_text())["left_out"]
+    steps, data = 30, ShardSet(damaged_dir, "train")
+    plan = TrainPlan(
+        PairIndex(data.counts("questions")), data.starts, seed=0, global_batch=32, texts_per_image=4
+    )  # as the experiment has it
+    read = [set(plan.index.sample_of(plan.cut(step).pairs).tolist()) for step in range(steps)]
+    bad = {
+        start: f"{shard.stem}.tar: bytes differ from the index"
+        for start, shard in zip(data.starts.tolist(), sorted(damaged_dir.glob("train-*.tar")), strict=False)
+    }
+    assert counted["train"] == Counter(bad[sample] for batch in read for sample in batch if sample in bad)
+    # Above the allowed share it stops.
     result = command(*long, "data.on_bad_sample=skip", "data.max_bad_share=0.001")
     one_line(result, "data.max_bad_share=0.001", "bytes differ from the index")
 

@@ -118,6 +118,27 @@ def test_weights_alone_with_task_and_data(trained, few_dir, evaluate, tmp_path):
         assert done.status == 1 and done.error.count("\n") == 1 and said in done.error, done.error
 
 
+def test_three_ranks_measure_what_one_does(trained, few_dir, tmp_path):
+    """Neither the questions nor their batches divide by three: each is measured once, in the split's order."""
+    settings = ["split=test", "eval.batch=7", "eval.max_samples=null"]
+    three = ["--standalone", "--nproc-per-node=3", "-m", "bt.evaluate"]
+    found = {}
+    for module, arguments, name in (("bt.evaluate", [], "one"), ("torch.distributed.run", three, "three")):
+        shutil.copytree(trained, tmp_path / name, symlinks=True)
+        done = run(module, *arguments, *settings, f"run_dir={tmp_path / name}")
+        assert done.returncode == 0, done.stderr
+        (folder,) = (tmp_path / name / "evaluations").iterdir()
+        rows = [json.loads(line) for line in (folder / "predictions-test.jsonl").read_text().splitlines()]
+        found[name] = json.loads((folder / "evaluation-test.json").read_text())["metrics"], rows
+    data = ShardSet(few_dir, "test")
+    asked = [entry["id"] for number in range(len(data)) for entry in data.read(number).info["questions"]]
+    batches = -(-len(asked) // 7)
+    assert len(asked) % 7 and batches % 3 and len(asked) > 100
+    assert [row["question_id"] for row in found["three"][1]] == asked
+    assert found["three"][1] == found["one"][1]
+    assert found["three"][0] == pytest.approx(found["one"][0], rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

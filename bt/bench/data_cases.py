@@ -1,7 +1,8 @@
 """Loading: from shards to normalised tensors, beside the official way and torchvision's, one thread each.
 
 The images are 48 different parts of a photograph (matplotlib's sample data), 640 x 480 pixels, JPEG at quality 90, as
-large as COCO's. The transform is the official fine-tuning one: random crop, flip, RandAugment.
+large as COCO's. The transform is the official fine-tuning one: random crop, flip, RandAugment. Beside decoding and
+resizing alone it is the one without augmentation, which squashes the whole image.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
+from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms.v2.functional import resize as resize_tensor
 
 from bt.bench.case import Case
 from bt.data.collate import BatchMaker
@@ -38,6 +41,7 @@ from bt.data.write import convert
 from bt.models.encoders.base import CLIP_MEAN, CLIP_STD, normalize_pixels
 
 IMAGES, BATCH = 48, 16
+CONVERTED = 600  # so many that starting processes does not count
 BICUBIC = transforms.InterpolationMode.BICUBIC
 
 
@@ -57,7 +61,7 @@ def make_photos(folder: Path, count: int = IMAGES) -> None:
             rows.writerow([name, "a"])
 
 
-def from_shards(folder: Path, size: int, route: str) -> Callable[[], Tensor]:
+def from_shards(folder: Path, size: int, route: str, transform: str) -> Callable[[], Tensor]:
     """bt: all images of an epoch in batches, normalised as the vision encoder does it."""
     shards = ShardSet(str(folder / "shards"), "train")
     plan = TrainPlan(PairIndex(shards.counts(None)), shards.starts, seed=0, global_batch=BATCH)
@@ -66,7 +70,7 @@ def from_shards(folder: Path, size: int, route: str) -> Callable[[], Tensor]:
         plan.index,
         text_field=None,
         tokenizer=train_tokenizer(["none"]),
-        transform=make_transform("blip_randaug", size, resize=route),
+        transform=make_transform(transform, size, resize=route),
         seed=0,
     )
     mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
@@ -140,6 +144,31 @@ def image_folder(folder: Path, size: int) -> Callable[[], Tensor]:
     return load
 
 
+def decoding_alone(route: str) -> Callable[[Path, int], Callable[[], Tensor]]:
+    """The same libraries' calls to decode and resize images in memory, and nothing else."""
+
+    def make(folder: Path, size: int) -> Callable[[], Tensor]:
+        files = [path.read_bytes() for path in sorted((folder / "photos/a").iterdir())]
+        encoded = [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in files]
+
+        def fast() -> Tensor:
+            for data in encoded:
+                pixels = decode_jpeg(data, mode=ImageReadMode.RGB)
+                last = resize_tensor(pixels, [size, size], BICUBIC, antialias=True)
+            return last
+
+        def exact() -> Tensor:
+            for data in files:
+                image = Image.open(io.BytesIO(data)).convert("RGB")
+                image = image.resize((size, image.height), Image.Resampling.BICUBIC)
+                image = image.resize((size, size), Image.Resampling.BICUBIC)
+            return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+        return fast if route == "fast" else exact
+
+    return make
+
+
 def resizing_error(folder: Path, size: int, route: str) -> float:
     """The largest difference from Pillow's own resizing, in units of the pixels' range, without augmentation."""
     data = (folder / "photos/a/000.jpg").read_bytes()
@@ -149,12 +178,14 @@ def resizing_error(folder: Path, size: int, route: str) -> float:
     return np.abs(ours - peer).max().item() / 255
 
 
-def loading(size: int, route: str, peer: Callable[[Path, int], Callable[[], Tensor]]) -> Case:
+def loading(
+    size: int, route: str, peer: Callable[[Path, int], Callable[[], Tensor]], transform: str = "blip_randaug"
+) -> Case:
     holder = TemporaryDirectory(prefix="bt-bench-")
     folder = Path(holder.name)
     make_photos(folder)
     convert(ImageFolderCSV(str(folder)), folder / "shards")
-    ours, theirs = from_shards(folder, size, route), peer(folder, size)
+    ours, theirs = from_shards(folder, size, route, transform), peer(folder, size)
     return Case(
         count=IMAGES,
         ours=ours,
@@ -172,7 +203,7 @@ def converting(check: str) -> Case:
     """Raw files to shards with index, checksums and checked images, against `tar` of the same files, both synced."""
     holder = TemporaryDirectory(prefix="bt-bench-")
     folder = Path(holder.name)
-    make_photos(folder, 200)
+    make_photos(folder, CONVERTED)
     size = sum(path.stat().st_size for path in folder.glob("photos/a/*"))
     targets = (folder / f"shards-{number}" for number in itertools.count())
     stored = []
@@ -186,29 +217,41 @@ def converting(check: str) -> Case:
         subprocess.run(["tar", "cf", "photos.tar", "photos"], cwd=folder, check=True)
         with open(folder / "photos.tar", "rb") as file:
             os.fsync(file.fileno())
-        return torch.tensor(200)
+        return torch.tensor(CONVERTED)
 
     def lost() -> float:
-        return abs(stored[-1] - 200)
+        return abs(stored[-1] - CONVERTED)
 
     return Case(size / 1e6, ours, peer, unit="MB/s", check=lost, tolerance=0, holds=holder)
 
 
-DATA_CASES = {
-    f"data_{size}_{name}": (
-        f"shards to normalised tensors, {size} px, data.resize={route}, against {what}",
-        lambda _, size=size, route=route, peer=peer: loading(size, route, peer),
-    )
-    for size in (576, 288)
-    for name, route, peer, what in (
-        ("fast", "fast", official_way, "the official way"),
-        ("exact", "pil", official_way, "the official way"),
-        ("imagefolder", "fast", image_folder, "torchvision's ImageFolder"),
-    )
-} | {
-    f"convert_{check}": (
-        f"raw JPEGs to shards, images.check={check}, two workers, against tar",
-        lambda _, check=check: converting(check),
-    )
-    for check in ("full", "header")
-}
+DATA_CASES = (
+    {
+        f"data_{size}_{name}": (
+            f"shards to normalised tensors, {size} px, data.resize={route}, against {what}",
+            lambda _, size=size, route=route, peer=peer: loading(size, route, peer),
+        )
+        for size in (576, 288)
+        for name, route, peer, what in (
+            ("fast", "fast", official_way, "the official way"),
+            ("exact", "pil", official_way, "the official way"),
+            ("imagefolder", "fast", image_folder, "torchvision's ImageFolder"),
+        )
+    }
+    | {
+        f"data_{size}_{name}_alone": (
+            f"the same at {size} px without augmentation, data.resize={route}, against decoding and resizing alone "
+            "(1.00: all else takes no time)",
+            lambda _, size=size, route=route: loading(size, route, decoding_alone(route), "blip"),
+        )
+        for size in (576, 288)
+        for name, route in (("fast", "fast"), ("exact", "pil"))
+    }
+    | {
+        f"convert_{check}": (
+            f"raw JPEGs to shards, images.check={check}, two workers, against tar",
+            lambda _, check=check: converting(check),
+        )
+        for check in ("full", "header")
+    }
+)

@@ -52,7 +52,7 @@ class DataConfig:
     val_split: Any = "val"
     test_split: Any = "test"
     weights: list[float] | None = option(None, above=0)
-    texts_per_image: int | None = option(None, low=1)
+    texts_per_image: int | None = option(1, low=1)
     max_samples: int | None = option(None, low=1)
     fraction: float = option(1.0, above=0, high=1)
     order: str = option("global", choices=["global", "shards"])

@@ -57,7 +57,8 @@ class BadImage:
 
 
 def read_image(image: RawImage) -> tuple[bytes, str]:
-    """The encoded bytes and the ending of the file name; OSError if they cannot be read."""
+    """The encoded bytes and the ending of the file name; OSError if they cannot be read, ValueError for a name that no
+    file can have."""
     if isinstance(image, Blob):
         return image.data, image.ending
     if isinstance(image, Slice):
@@ -81,7 +82,7 @@ def load_images(
     for name, image in images.items():
         try:
             raw, ending = read_image(image)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             return _unread(image, error)
         try:
             data, ending = prepare(raw, ending, rules)
@@ -108,9 +109,10 @@ def _with_originals(
     return whole
 
 
-def _unread(image: RawImage, error: OSError) -> BadImage:
-    if isinstance(error, FileNotFoundError | NotADirectoryError):
-        return BadImage("missing image", _where(image))
+def _unread(image: RawImage, error: OSError | ValueError) -> BadImage:
+    # ValueError: a name that no file can have, with a null byte or half of a surrogate pair.
+    if isinstance(error, FileNotFoundError | NotADirectoryError | ValueError):
+        return BadImage("missing image", ascii(str(image)) if isinstance(error, ValueError) else _where(image))
     return BadImage("image cannot be read", f"{_where(image)}: {error.strerror or error}")
 
 

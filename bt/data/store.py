@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 import shutil
 import uuid
 from pathlib import Path
@@ -14,9 +15,10 @@ from bt.errors import ConfigError, DataError
 class Store:
     """Files of one data set by name.
 
-    place: a folder; a URL that webdataset's `gopen` reads (http, https, s3, gs ...); or a command such as
-    `pipe:aws s3 cp s3://bucket/coco/{name} -`. What is remote is fetched whole into `cache_dir` when it is first
-    read and stays there; a data set that changes at its source gets a new folder in the cache.
+    place: a folder; a URL that webdataset's `gopen` reads (http and https by curl, gs by gsutil ...), or s3://, which
+    it would not, by the command aws; or a command such as `pipe:ssh host cat /coco/{name}`. What is remote is fetched
+    whole into `cache_dir` when it is first read and stays there; a data set that changes at its source gets a new
+    folder in the cache.
     """
 
     def __init__(self, place: str, cache_dir: str | None = None):
@@ -72,11 +74,16 @@ class Store:
         url = self._url(name)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            with gopen(url, "rb") as source, open(target, "wb") as sink:
+            with gopen(_readable(url), "rb") as source, open(target, "wb") as sink:
                 shutil.copyfileobj(source, sink, 1 << 20)
         except (OSError, ValueError, EOFError) as error:
             target.unlink(missing_ok=True)
             raise DataError(f"cannot fetch {url}: {str(error).splitlines()[0] if str(error) else error!r}") from None
+
+
+def _readable(url: str) -> str:
+    """What `gopen` takes for a URL."""
+    return f"pipe:aws s3 cp {shlex.quote(url)} -" if url.startswith("s3://") else url
 
 
 def _temporary(name: str) -> str:

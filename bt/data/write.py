@@ -255,13 +255,28 @@ class _Conversion:
             self._judge(f"samples of {raw.split}", split.taken, split.skipped)
 
     def _write(self, split: _Split, raw: RawSample, images: dict[str, bytes], info: dict[str, Any]) -> None:
-        try:
-            with _writing(self.out_dir):
+        with _writing(self.out_dir):
+            try:
                 split.writer.add(raw.key, images, info)
-                split.keys.add(raw.key.encode())
-                self._note(raw.split, split)
-        except UnicodeEncodeError:  # half of a surrogate pair, which json can hold and UTF-8 cannot
+            except UnicodeEncodeError:  # it has written nothing yet
+                info = self._unicode_part(split, raw, info)
+                if info is None:
+                    return
+                split.writer.add(raw.key, images, info)
+            split.keys.add(raw.key.encode())
+            self._note(raw.split, split)
+
+    def _unicode_part(self, split: _Split, raw: RawSample, info: dict[str, Any]) -> dict[str, Any] | None:
+        """The sample without the texts that are not unicode, which are counted; None if that leaves none, counted."""
+        fields = self.source.text_fields
+        kept = info | {name: [entry for entry in info[name] if _is_unicode(entry)] for name in fields}
+        if not _is_unicode(kept) or not any(kept[name] for name in fields):
             self._leave_out(split, raw, "text is not unicode", raw.key)
+            return None
+        for name in fields:
+            for _ in range(len(info[name]) - len(kept[name])):
+                self._leave_out(split, raw, f"text is not unicode ({name})", raw.key)
+        return kept
 
     def _note(self, name: str, split: _Split) -> None:
         """Put a shard that has just been finished into the journal."""
@@ -296,6 +311,15 @@ class _Conversion:
 
     def _example(self) -> str:
         return "".join(f"; first {reason}: {where}" for reason, where in list(self.first_bad.items())[:1])
+
+
+def _is_unicode(value: Any) -> bool:
+    """False where a string holds a surrogate: half of a pair, which json can hold, or a byte that was not UTF-8."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _says_something(text: Any) -> bool:

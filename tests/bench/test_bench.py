@@ -11,6 +11,7 @@ import torch
 from bt.bench.case import Case
 from bt.bench.cases import CASES, SIZES
 from bt.bench.data_cases import DATA_CASES
+from bt.data.transforms import make_transform
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,6 +35,16 @@ def test_loading(name):
     # Mean and deviation of the same photograph, augmented: about those of the photograph.
     assert (ours.mean() - peer.mean()).abs() < 0.3 and (ours.std() - peer.std()).abs() < 0.3
     assert case.check() <= case.tolerance == (0 if name.endswith("exact") else 2 / 255)
+
+
+@pytest.mark.parametrize("name", ["data_288_fast_alone", "data_288_exact_alone"])
+def test_decoding_and_resizing_alone(name):
+    """The libraries' own calls give the pixels that loading gives."""
+    case: Case = CASES[name][1](SIZES["tiny"])
+    ours, alone = case.ours(), case.peer()
+    assert ours.shape == (16, 3, 288, 288) and alone.shape == (3, 288, 288) and alone.dtype == torch.uint8
+    last = (Path(case.holds.name) / "photos/a/047.jpg").read_bytes()
+    assert torch.equal(make_transform("blip", 288, resize="fast" if "fast" in name else "pil")(last), alone)
 
 
 def test_the_command_writes_ratios(tmp_path):

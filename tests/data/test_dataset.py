@@ -94,6 +94,29 @@ def test_going_on_at_a_step_gives_the_same_batches(train_set, tokenizer, expecte
         same(batch, wanted)
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("workers", [(0, 3), (1, 0), (3, 1)])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("order", ["global", "shards"])
+def test_stopped_and_continued_with_other_workers(few_dir, tokenizer, order, ranks, workers):
+    """Stopped after two of six steps, with batches read ahead; all ranks together give what one alone does."""
+    data = ShardSet(few_dir, "train")
+    how = {"order": order, "shuffle_shards": 2, "texts_per_image": 2, "global_batch": 24}
+    pairs = []
+    for rank in range(ranks):
+        plan, maker = plan_of(data, world=ranks, rank=rank, **how), maker_of(data, tokenizer)
+        whole = list(train_loader(plan, maker, start_step=0, total_steps=6))
+        stopped = iter(train_loader(plan, maker, start_step=0, total_steps=6, workers=workers[0], prefetch=2))
+        batches = [next(stopped), next(stopped)]
+        del stopped
+        batches += train_loader(plan, maker, start_step=2, total_steps=6, workers=workers[1], prefetch=2)
+        for batch, wanted in zip(batches, whole, strict=True):
+            same(batch, wanted)
+        pairs.append(torch.stack([batch.pair_ids for batch in batches]))
+    alone = plan_of(data, **how)
+    assert torch.cat(pairs, dim=1).tolist() == [alone.cut(step).pairs.tolist() for step in range(6)]
+
+
 def test_loading_leaves_the_random_state_alone(train_set, tokenizer):
     before = torch.get_rng_state()
     np.random.seed(3)

@@ -2,13 +2,17 @@
 
 import numpy as np
 import pytest
+import torch
 
+from bt.assemble import Data
 from bt.data.mix import MixedPlan
 from bt.data.plan import PairIndex, TrainPlan
 from bt.data.shards import ShardSet
 from bt.data.sources.easy_vqa import EasyVQA
 from bt.data.write import convert
+from bt.engine.distributed import World
 from bt.errors import DataError
+from tests.test_config import composed
 
 COUNTS = np.array([3, 1, 4] * 10 + [2, 2, 5] * 20)  # 30 samples with 80 pairs, then 60 with 180
 SPLIT = 30
@@ -83,3 +87,19 @@ def test_data_sets_without_the_split(few_dir, small_raw, tmp_path):
     assert there.parts.tolist() == [0, 0, 6] and there.key(0) == ShardSet(str(few_dir), "val").key(0)
     with pytest.raises(DataError, match="no split 'dev': .*test_only has test; .*shards has train, val, test$"):
         ShardSet(places, "dev", each=False)
+
+
+@pytest.mark.parametrize(("weights", "shares"), [("[3,1]", (18, 6)), ("[1,5]", (4, 20)), ("null", None)])
+def test_the_configuration_says_how_data_sets_are_mixed(few_dir, data_dir, tmp_path, weights, shares):
+    """Of each step of 24 pairs, those whose sample is of the first data set; without weights as many as it has."""
+    places = [str(few_dir), str(data_dir)]
+    options = [f"data.dir=[{','.join(places)}]", f"data.weights={weights}", "task=pretrain", "global_batch=24"]
+    cfg, shards = composed(*options), ShardSet(places, "train")
+    plan = Data(cfg, World(0, 1, torch.device("cpu")), None, None).plan(shards)
+    owners = [plan.index.sample_of(plan.cut(step).pairs) for step in range(60)]
+    first = np.array([np.count_nonzero(of_step < shards.parts[1]) for of_step in owners])
+    if shares is None:
+        pairs = ShardSet(few_dir, "train").counts("captions").sum() / shards.counts("captions").sum()
+        assert abs(first.mean() - 24 * pairs) < 0.3 and isinstance(plan, TrainPlan)
+    else:
+        assert set(first) == {shares[0]} and {len(of_step) for of_step in owners} == {sum(shares)}

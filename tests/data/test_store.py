@@ -1,4 +1,8 @@
+import functools
+import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -20,6 +24,45 @@ def test_remote_shards_are_fetched_once(small_dir, tmp_path):
     assert names.count("train-000000.npy") == 1
     assert "train-000001.tar" not in names
     assert names.count("index.json") == 2  # so that a change at the source is seen
+
+
+def test_shards_over_http(small_dir, tmp_path):
+    """A server on this machine: every file is fetched once; what it does not have is one line."""
+    asked = []
+
+    class Handler(SimpleHTTPRequestHandler):
+        def log_message(self, form, *arguments):
+            asked.append(self.path)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(small_dir.parent)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        url, cache = f"http://127.0.0.1:{server.server_port}/{small_dir.name}", str(tmp_path / "cache")
+        local = ShardSet(small_dir, "val")
+        for _ in range(2):
+            remote = ShardSet(url, "val", cache)
+            assert [remote.read(i) for i in range(len(remote))] == [local.read(i) for i in range(len(local))]
+        assert asked.count(f"/{small_dir.name}/val-000000.tar") == asked.count(f"/{small_dir.name}/val-000000.npy") == 1
+        with pytest.raises(DataError, match="cannot fetch http://.*/nothing/index.json") as caught:
+            ShardSet(url.replace(small_dir.name, "nothing"), "val", cache)
+        assert "\n" not in str(caught.value)
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_shards_in_s3(small_dir, tmp_path, monkeypatch):
+    """Read by the command `aws s3 cp URL -`, here one that serves a folder."""
+    command = tmp_path / "bin/aws"
+    command.parent.mkdir()
+    command.write_text(f'#!/bin/sh\n[ "$1 $2 $4" = "s3 cp -" ] && cat "{small_dir.parent}/${{3#s3://bucket/}}"\n')
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{command.parent}:{os.environ['PATH']}")
+    remote = ShardSet(f"s3://bucket/{small_dir.name}", "train", str(tmp_path / "cache"))
+    local = ShardSet(small_dir, "train")
+    assert len(remote) == len(local) and remote.read(33) == local.read(33)
+    with pytest.raises(DataError, match="cannot fetch s3://bucket/nothing/index.json"):
+        ShardSet("s3://bucket/nothing", "train", str(tmp_path / "cache"))
 
 
 def test_readers_at_once_do_not_share_a_temporary_file(small_dir, tmp_path):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from bt.data.sources.raw import inside
 from bt.errors import ConfigError, DataError
 
 
@@ -54,6 +55,7 @@ class Source:
     """
 
     splits: ClassVar[tuple[str, ...]] = ()  # all that the data set has, in the order in which they are yielded
+    home: ClassVar[str] = ""  # folder of the official tree that holds the raw files: raw_dir is that or the one above
 
     raw_dir: str | None = None
     split: list[str] | None = None
@@ -71,10 +73,11 @@ class Source:
         return self.split is None or split in self.split
 
     def path(self, *parts: str) -> Path:
-        """A place under raw_dir."""
+        """A place under raw_dir, or under `home` in it."""
         if self.raw_dir is None:
             raise DataError(f"{self.name}: give raw_dir, the folder of its raw files")
-        return Path(self.raw_dir).expanduser().joinpath(*parts)
+        root = Path(self.raw_dir).expanduser()
+        return (inside(root, self.home) if self.home and root.is_dir() else root).joinpath(*parts)
 
     def options(self) -> dict[str, Any]:
         """What was asked for, beside where the raw files are."""
@@ -101,9 +104,9 @@ class Source:
 
 
 def read_json(path: Path) -> Any:
-    """A raw json file; DataError in one line if it is missing or broken."""
+    """A raw json file; DataError in one line if it is missing or broken. Bytes that are not UTF-8 become surrogates."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig", errors="surrogateescape"))
     except FileNotFoundError:
         raise DataError(f"missing raw file: {path}") from None
     except (ValueError, OSError) as error:

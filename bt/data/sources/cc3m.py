@@ -1,6 +1,7 @@
 """Conceptual Captions 3M: images of the web with captions made from their alt texts.
 
-Raw files in one of three layouts, looked for in this order for each of the splits train and val:
+Raw files in one of three layouts, looked for in this order for each of the splits train and val. raw_dir is the folder
+that holds them or the one above, if that calls it cc/, as the official tree does:
 
     utils/Train_GCC-training.tsv                      caption <tab> URL, one row an image, no header
     utils/Validation_GCC-1.1.0-Validation.tsv
@@ -37,6 +38,7 @@ class CC3M(WebCaptions):
     """raw_dir: the folder with one of the layouts. Splits `train` and `val`; one caption an image."""
 
     splits = ("train", "val")
+    home = "cc"
     official: ClassVar[str] = "utils/{Train_GCC-training,Validation_GCC-1.1.0-Validation}.tsv"
     annotations: ClassVar[str] = "{}_annot.json"
 

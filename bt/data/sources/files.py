@@ -78,8 +78,9 @@ def csv_rows(path: Path, delimiter: str) -> Iterator[list[str]]:
 def stream_list(path: Path, key: str | None = None) -> Iterator[Any]:
     """The elements of a json list, read and decoded one after another; key: of the list in the file's object.
 
-    For files that would take gigabytes as a whole. DataError in one line if the file is missing, is not UTF-8, is
-    broken or has no such list; what precedes the fault has been yielded by then.
+    For files that would take gigabytes as a whole. Bytes that are not UTF-8 become surrogates, so that only the texts
+    that hold them are lost. DataError in one line if the file is missing, is broken or has no such list; what precedes
+    the fault has been yielded by then.
     """
     try:
         with open(path, "rb") as file:
@@ -95,8 +96,8 @@ class _Cursor:
 
     def __init__(self, path: Path, file: BinaryIO):
         self._path, self._file = path, file
-        self._decoder = codecs.getincrementaldecoder("utf-8")()
-        self._text, self._at, self._ended, self._lines, self._passed = "", 0, False, 1, 0
+        self._decoder = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
+        self._text, self._at, self._ended, self._passed = "", 0, False, 0
 
     def elements(self, key: str | None) -> Iterator[Any]:
         if key is not None:
@@ -112,6 +113,9 @@ class _Cursor:
     def _enter(self, key: str) -> None:
         """Go to the value of a key of the object that starts here."""
         self._take("{")
+        missing = DataError(f"{self._path}: its object has no list {key!r}")
+        if self._peek() == "}":
+            raise missing
         while True:
             name = self._value()
             self._take(":")
@@ -119,7 +123,7 @@ class _Cursor:
                 return
             self._value()
             if self._take(",}") == "}":
-                raise DataError(f"{self._path}: its object has no list {key!r}")
+                raise missing
 
     def _value(self) -> Any:
         self._peek()
@@ -155,12 +159,7 @@ class _Cursor:
         data = self._file.read(size)
         self._ended = not data
         self._passed += self._at
-        try:
-            self._text, self._at = self._text[self._at :] + self._decoder.decode(data, final=self._ended), 0
-        except UnicodeDecodeError as error:
-            line = self._lines + error.object[: error.start].count(b"\n")
-            raise DataError(f"cannot read the raw file {self._path}: line {line} is not UTF-8") from None
-        self._lines += data.count(b"\n")
+        self._text, self._at = self._text[self._at :] + self._decoder.decode(data, final=self._ended), 0
 
     def _fault(self, what: str, at: int) -> DataError:
         return DataError(f"cannot read the raw file {self._path}: {what} (character {self._passed + at})")

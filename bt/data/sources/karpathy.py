@@ -1,13 +1,15 @@
 """COCO and Flickr30K captions with Karpathy's splits.
 
-Raw files (https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip and the images):
+Raw files (https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip and the images), as in the
+official tree; raw_dir is the folder that holds them or the one above:
 
-    karpathy/dataset_coco.json           {"images": [{"filename", "split", "sentences": [{"raw"}, ...]}, ...]}
-    train2014/COCO_train2014_<12 digits>.jpg
-    val2014/COCO_val2014_<12 digits>.jpg
+    mscoco_flickr30k_vqav2_snli_ve/
+        karpathy/dataset_coco.json         {"images": [{"filename", "split", "sentences": [{"raw"}, ...]}, ...]}
+        train2014/COCO_train2014_<12 digits>.jpg
+        val2014/COCO_val2014_<12 digits>.jpg
 
-    karpathy/dataset_flickr30k.json      the same
-    flickr30k-images/<id>.jpg
+        karpathy/dataset_flickr30k.json    the same
+        flickr30k-images/<id>.jpg
 
 The shards keep the file's splits apart. The official recipes train COCO on train + restval (113,287 images) and
 Flickr30K on train + val (30,014), and both validate and test on test: that is `data.train_split` and its like.
@@ -24,12 +26,14 @@ from typing import Any, ClassVar
 
 from bt.data.sources.base import RawSample, Source
 from bt.data.sources.files import first_present, image_key, need_folder, stream_list
+from bt.data.sources.raw import COCO_HOME
 
 
 @dataclass
 class Karpathy(Source):
     """Base of the two. An image's captions are its sentences as they are written; `image_id` is `_image_id`'s."""
 
+    home = COCO_HOME
     annotations: ClassVar[str]  # file under raw_dir/karpathy
     folders: ClassVar[tuple[str, ...]]  # an image is in one of them, by its file name
 

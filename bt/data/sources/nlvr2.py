@@ -18,7 +18,7 @@ from typing import Any
 
 from bt.data.sources.base import RawSample, Source
 from bt.data.sources.files import need_folder, sample_key
-from bt.data.sources.raw import ignore, inside, json_lines, need
+from bt.data.sources.raw import ignore, json_lines, need
 
 _CLASSES = ["False", "True"]
 
@@ -33,6 +33,7 @@ class NLVR2(Source):
     """
 
     splits = ("train", "dev", "test1", "balanced_dev", "balanced_test1", "unbalanced_dev", "unbalanced_test1")
+    home = "nlvr"
 
     name: str = field(init=False, default="nlvr2")
     text_fields: dict = field(init=False, default_factory=lambda: {"statements": "text"})
@@ -52,18 +53,18 @@ class NLVR2(Source):
         for split in wanted:
             need_folder(self._images(split))
         for split in wanted:
+            folder = self._images(split)
             for pair, (directory, statements) in self._pairs(split, skip).items():
-                start = self._images(split) / directory
+                start = folder / directory
                 images = {side: start / f"{pair}-img{n}.png" for n, side in enumerate(("left", "right"))}
                 yield RawSample(split, sample_key(pair), images, {"statements": statements})
 
     def _file(self, split: str) -> Path:
         part = split.rpartition("_")[0]  # "balanced" of balanced_dev
-        return inside(self.path(), "nlvr") / "nlvr2" / "data" / part / f"{split}.json"
+        return self.path("nlvr2", "data", part, f"{split}.json")
 
     def _images(self, split: str) -> Path:
-        root = inside(self.path(), "nlvr")
-        return root / "images" / "train" if split == "train" else root / split.rpartition("_")[2]
+        return self.path("images", "train") if split == "train" else self.path(split.rpartition("_")[2])
 
     def _pairs(self, split: str, skip: Callable[[str], None]) -> dict[str, tuple[str, list[dict[str, Any]]]]:
         """By pair: the directory of its images, which train has, and its statements."""

@@ -9,6 +9,8 @@ from typing import Any
 
 from bt.errors import DataError
 
+COCO_HOME = "mscoco_flickr30k_vqav2_snli_ve"  # where the official tree has all that is on COCO's and Flickr30K's images
+
 
 def ignore(reason: str) -> None:
     """A `skip` for what is counted elsewhere."""

@@ -1,6 +1,7 @@
 """SBU Captioned Photos: a million photos of Flickr, each with its owner's caption; about 860,000 can still be had.
 
-Raw files in one of three layouts; the first that is found is read:
+Raw files in one of three layouts; the first that is found is read. raw_dir is the folder that holds them or the one
+above, if that calls it sbu/, as the official tree does:
 
     sbu-captions-all.json    {"captions": [...], "image_urls": [...], ...} (https://www.cs.rice.edu/~vo9/sbucaptions)
     SBU/*                    the images by the last part of their URL
@@ -30,6 +31,7 @@ class SBU(WebCaptions):
     """raw_dir: the folder with one of the layouts. One split, `train`; one caption an image."""
 
     splits = ("train",)
+    home = "sbu"
     official = "sbu-captions-all.json with images in SBU/"
     annotations = "annot.json"
 

@@ -5,6 +5,8 @@ Raw files, as in the official tree; raw_dir is the folder that holds them or the
     mscoco_flickr30k_vqav2_snli_ve/
         snli_ve/snli_ve_{train,dev,test}.jsonl
         flickr30k-images/<Flickr30K_ID>.jpg
+
+METER has the .jsonl files without snli_ve/, and the images in Flickr30K/images/.
 """
 
 from __future__ import annotations
@@ -16,9 +18,8 @@ from typing import Any
 
 from bt.data.sources.base import RawSample, Source
 from bt.data.sources.files import need_folder, sample_key
-from bt.data.sources.raw import ignore, inside, json_lines, need
+from bt.data.sources.raw import COCO_HOME, ignore, inside, json_lines, need
 
-FOLDER = "mscoco_flickr30k_vqav2_snli_ve"
 _CLASSES = ["contradiction", "neutral", "entailment"]
 
 
@@ -33,6 +34,7 @@ class SNLIVE(Source):
     """
 
     splits = ("train", "dev", "test")
+    home = COCO_HOME
 
     name: str = field(init=False, default="snli_ve")
     text_fields: dict = field(init=False, default_factory=lambda: {"hypotheses": "text"})
@@ -45,7 +47,9 @@ class SNLIVE(Source):
 
     def samples(self, skip: Callable[[str], None]) -> Iterator[RawSample]:
         wanted = [split for split in self.splits if self.wants(split)]
-        images = inside(self.path(), FOLDER) / "flickr30k-images"
+        images = self.path("flickr30k-images")
+        if not images.is_dir() and self.path("Flickr30K", "images").is_dir():
+            images = self.path("Flickr30K", "images")
         need(*map(self._file, wanted))
         need_folder(images)
         for split in wanted:
@@ -53,7 +57,7 @@ class SNLIVE(Source):
                 yield RawSample(split, sample_key(image), {"": images / f"{image}.jpg"}, {"hypotheses": hypotheses})
 
     def _file(self, split: str) -> Path:
-        return inside(self.path(), FOLDER) / "snli_ve" / f"snli_ve_{split}.jsonl"
+        return inside(self.path(), "snli_ve", "snli_ve_*.jsonl") / f"snli_ve_{split}.jsonl"
 
     def _hypotheses(self, split: str, skip: Callable[[str], None]) -> dict[str, list[dict[str, Any]]]:
         """By image id. An entry's id is the file's pairID, or the line's number where there is none."""

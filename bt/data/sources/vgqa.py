@@ -23,7 +23,7 @@ from bt.data import answers as spelling
 from bt.data.sources import vqav2
 from bt.data.sources.base import RawSample, Source
 from bt.data.sources.files import first_present, need_folder, stream_list
-from bt.data.sources.raw import inside, need, text_lines
+from bt.data.sources.raw import COCO_HOME, inside, need, text_lines
 from bt.errors import DataError
 
 _HELD_OUT = 5000  # images of val and of test
@@ -59,6 +59,7 @@ class VGQA(Source):
     """
 
     splits = ("train", "val")
+    home = "vg"
 
     vqav2_dir: str | None = None
     coco_only: bool = False
@@ -80,10 +81,9 @@ class VGQA(Source):
         return vqav2.answer_labels(annotations, self.answers["normalise"], self.min_answer_count)
 
     def samples(self, skip: Callable[[str], None]) -> Iterator[RawSample]:
-        folder = self._folder()
-        questions = folder / "annotations" / "question_answers.json"
-        need(questions, folder / "image_data.json", *self._karpathy_files().values())
-        image_folders = [folder / "images" / part for part in ("VG_100K", "VG_100K_2")]
+        questions = self.path("annotations", "question_answers.json")
+        need(questions, self.path("image_data.json"), *self._karpathy_files().values())
+        image_folders = [self.path("images", part) for part in ("VG_100K", "VG_100K_2")]
         need_folder(*image_folders)
         split_of = self._split_of()
         known = set(self.labels()["answers"])
@@ -135,22 +135,19 @@ class VGQA(Source):
                 entries.append({"id": number, "question": question, "answers": {answer: 1.0}})
         return entries
 
-    def _folder(self) -> Path:
-        return inside(self.path(), "vg")
-
     def _vqav2_dir(self) -> Path:
         if self.vqav2_dir is not None:
             return Path(self.vqav2_dir).expanduser()
-        return self._folder().absolute().parent / vqav2.FOLDER / "vqav2"
+        return inside(self.path().absolute().parent / COCO_HOME, "vqav2", "v2_*.json")
 
     def _karpathy_files(self) -> dict[str, Path]:
         names = ("train", "val", "test")
-        return {name: self._folder() / "coco_splits" / f"karpathy_{name}_images.txt" for name in names}
+        return {name: self.path("coco_splits", f"karpathy_{name}_images.txt") for name in names}
 
     def _split_of(self) -> dict[int, str]:
         """Split by image id; with coco_only without the images that are not in COCO."""
         karpathy = {name: _coco_ids(path) for name, path in self._karpathy_files().items()}
-        path = self._folder() / "image_data.json"
+        path = self.path("image_data.json")
         try:
             images = [(int(entry["image_id"]), entry["coco_id"]) for entry in stream_list(path)]
         except (KeyError, TypeError, ValueError):

@@ -1,14 +1,16 @@
 """Visual Genome: the phrases of an image's regions as its captions.
 
 Raw files (https://homes.cs.washington.edu/~ranjay/visualgenome and, for coco_splits/, the repository
-peteanderson80/bottom-up-attention, data/genome/coco_splits):
+peteanderson80/bottom-up-attention, data/genome/coco_splits), as in the official tree; raw_dir is the folder
+vg/ or the one above:
 
-    annotations/region_descriptions.json   [{"regions": [{"image_id", "phrase", ...}, ...]}, ...]
-    images/VG_100K/<image_id>.jpg
-    images/VG_100K_2/<image_id>.jpg
-    image_data.json                        [{"image_id", "coco_id": a number or null, ...}, ...]
-    coco_splits/karpathy_val_images.txt    one image a line: .../COCO_val2014_<12 digits>.jpg
-    coco_splits/karpathy_test_images.txt
+    vg/
+        annotations/region_descriptions.json   [{"regions": [{"image_id", "phrase", ...}, ...]}, ...]
+        images/VG_100K/<image_id>.jpg
+        images/VG_100K_2/<image_id>.jpg
+        image_data.json                        [{"image_id", "coco_id": a number or null, ...}, ...]
+        coco_splits/karpathy_val_images.txt    one image a line: .../COCO_val2014_<12 digits>.jpg
+        coco_splits/karpathy_test_images.txt
 
 The last three are read only to leave out the images of COCO's Karpathy val and test (2,126 and 2,138 of 108,077),
 which the official script (src/utils/write_vg.py) trains on. It also shuffles the images without a seed and stores the
@@ -36,6 +38,7 @@ class VisualGenome(Source):
     """
 
     splits = ("train",)
+    home = "vg"
 
     keep_karpathy_eval: bool = False
     name: str = field(init=False, default="visual_genome")

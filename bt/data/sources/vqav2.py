@@ -6,6 +6,8 @@ Raw files, as in the official tree; raw_dir is the folder that holds them or the
         train2014/COCO_train2014_<12 digits>.jpg, val2014/..., test2015/...
         vqav2/v2_OpenEnded_mscoco_{train2014,val2014,test2015,test-dev2015}_questions.json
         vqav2/v2_mscoco_{train2014,val2014}_annotations.json
+
+METER and ViLT have the .json files beside the folders of images, without vqav2/.
 """
 
 from __future__ import annotations
@@ -18,11 +20,10 @@ from typing import Any, NamedTuple
 
 from bt.data import answers as spelling
 from bt.data.sources.base import RawSample, Source
-from bt.data.sources.files import need_folder, stream_list
-from bt.data.sources.raw import ignore, inside, need
+from bt.data.sources.files import need_folder, stream_list, valid_utf8
+from bt.data.sources.raw import COCO_HOME, ignore, inside, need
 from bt.errors import ConfigError
 
-FOLDER = "mscoco_flickr30k_vqav2_snli_ve"
 QUESTION_TYPES = ["yes/no", "number", "other"]  # the data set's answer_type
 _IMAGES = {"train": "train2014", "val": "val2014", "test": "test2015", "test-dev": "test2015"}
 _QUESTIONS = {"train": "train2014", "val": "val2014", "test": "test2015", "test-dev": "test-dev2015"}
@@ -50,7 +51,7 @@ def check_answers(options: Mapping[str, Any], allowed: tuple[str, ...] = spellin
 
 
 def annotation_files(folder: Path) -> dict[str, Path]:
-    """By split; folder: vqav2/ of the official tree. DataError if one is missing."""
+    """By split; folder: where they are, vqav2/ of the official tree. DataError if one is missing."""
     files = {split: folder / f"v2_mscoco_{split}2014_annotations.json" for split in ("train", "val")}
     need(*files.values())
     return files
@@ -62,8 +63,10 @@ def read_annotations(path: Path, skip: Callable[[str], None] = ignore) -> list[t
     for entry in stream_list(path, "annotations"):
         try:
             answers = [sys.intern(str(answer["answer"])) for answer in entry["answers"]]  # few differ
-            kind = str(entry["answer_type"])
-            found.append((int(entry["question_id"]), Annotation(str(entry["multiple_choice_answer"]), answers, kind)))
+            kind, major = str(entry["answer_type"]), str(entry["multiple_choice_answer"])
+            if not valid_utf8(major):  # it could become a class
+                raise ValueError(major)
+            found.append((int(entry["question_id"]), Annotation(major, answers, kind)))
         except (KeyError, TypeError, ValueError):
             skip("malformed annotation")
     return found
@@ -92,6 +95,7 @@ class VQAv2(Source):
     """
 
     splits = ("train", "val", "test", "test-dev")
+    home = COCO_HOME
 
     answers: dict[str, Any] = field(default_factory=lambda: {"normalise": "official"})
     min_answer_count: int = 9
@@ -114,7 +118,7 @@ class VQAv2(Source):
         wanted = [split for split in self.splits if self.wants(split)]
         need(*map(self._questions_file, wanted))
         for split in wanted:
-            need_folder(self._folder() / _IMAGES[split])
+            need_folder(self.path(_IMAGES[split]))
         annotations = {
             split: read_annotations(path, skip if split in wanted else ignore)
             for split, path in self._annotation_files().items()
@@ -124,20 +128,21 @@ class VQAv2(Source):
         for split in wanted:
             # Where a question has two annotations the first counts, as in the official script.
             given = dict(reversed(annotations[split])) if split in annotations else None
+            part = _IMAGES[split]
+            folder = self.path(part)
             for image, entries in self._entries(split, given, known, skip).items():
-                part = _IMAGES[split]
                 key = f"COCO_{part}_{image:012d}"
                 info = {"image_id": image, "questions": entries}
-                yield RawSample(split, key, {"": self._folder() / part / f"{key}.jpg"}, info)
+                yield RawSample(split, key, {"": folder / f"{key}.jpg"}, info)
 
     def _folder(self) -> Path:
-        return inside(self.path(), FOLDER)
+        return inside(self.path(), "vqav2", "v2_*.json")
 
     def _annotation_files(self) -> dict[str, Path]:
-        return annotation_files(self._folder() / "vqav2")
+        return annotation_files(self._folder())
 
     def _questions_file(self, split: str) -> Path:
-        return self._folder() / "vqav2" / f"v2_OpenEnded_mscoco_{_QUESTIONS[split]}_questions.json"
+        return self._folder() / f"v2_OpenEnded_mscoco_{_QUESTIONS[split]}_questions.json"
 
     def _questions(self, split: str, skip: Callable[[str], None] = ignore) -> Iterator[tuple[int, int, str]]:
         """Image id, question id and question, in the order of the file."""

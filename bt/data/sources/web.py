@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from bt.data.sources.base import RawSample, Slice, Source
-from bt.data.sources.files import image_key, need_folder, sample_key, stream_list, valid_utf8
+from bt.data.sources.files import image_key, need_folder, sample_key, stream_list
 from bt.errors import DataError
 
 Skip = Callable[[str], None]
@@ -169,9 +169,6 @@ def _tar_sample(split, shard: Path, key: str, tar: tarfile.TarFile, members: lis
         skip("malformed sample: no caption in the shard")
     else:
         caption = tar.extractfile(by_ending["txt"]).read().decode("utf-8", "surrogateescape")
-        if not valid_utf8(caption):
-            skip("text is not unicode")
-            return
         ending = image.name.rpartition(".")[2].lower()
         place = Slice(shard, image.offset_data, image.size, ending)
         yield RawSample(split, sample_key(f"{shard.stem}-{key}"), {"": place}, {"captions": [caption]})

@@ -8,7 +8,7 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-from bt.data.sources.snli_ve import FOLDER
+from bt.data.sources.raw import COCO_HOME
 from bt.samples.collection import SPLITS, Collection, Item, generator
 from bt.samples.trees.captions import flickr_id
 from bt.samples.trees.files import put, put_jpeg, put_lines
@@ -64,7 +64,7 @@ def _pairs(collection: Collection, split: str, draw: random.Random) -> Iterator[
 def snli_ve(collection: Collection, raw_dir: Path, seed: int) -> None:
     """Two hypotheses a picture (`hypotheses`); every other picture is shown without colours. Pictures whose colour is
     no hue, such as black, are left out."""
-    folder = raw_dir / FOLDER
+    folder = raw_dir / COCO_HOME
     for split, name in zip(SPLITS, ("train", "dev", "test"), strict=True):
         lines = []
         for place, (number, item) in enumerate(_with_hue(collection, split)):

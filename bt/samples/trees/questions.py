@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from bt.data.sources.vqav2 import FOLDER
+from bt.data.sources.raw import COCO_HOME
 from bt.samples.collection import Collection, Item, Question, generator
 from bt.samples.trees.captions import put_vg_image, put_vg_images_list
 from bt.samples.trees.files import put_jpeg, put_json
@@ -20,7 +20,7 @@ _INFO = {"info": {"description": "pictures of packages in the format of VQA v2.0
 def vqav2(collection: Collection, raw_dir: Path, seed: int) -> None:
     """All questions of a picture; the first half of the test images is test-dev. Question ids as in VQAv2: the image's
     number and three digits."""
-    folder = raw_dir / FOLDER
+    folder = raw_dir / COCO_HOME
     for split, part in _PARTS.items():
         asked = _asked(collection, split, seed)
         for image, item, _ in asked:
@@ -96,7 +96,7 @@ def vgqa(collection: Collection, raw_dir: Path, seed: int) -> None:
         entries.append({"id": image, "qas": qas})
     put_json(vg / "annotations/question_answers.json", entries)
     put_vg_images_list(vg, collection)
-    put_annotations(raw_dir / FOLDER, collection, seed)
+    put_annotations(raw_dir / COCO_HOME, collection, seed)
 
 
 def _by_number(splits: Iterable[list[tuple[int, Item, list[Question]]]]) -> list[tuple[int, Item, list[Question]]]:

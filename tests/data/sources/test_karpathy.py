@@ -3,7 +3,7 @@ import json
 import pytest
 
 from bt.data.sources.karpathy import CocoKarpathy, Flickr30kKarpathy
-from bt.data.write import convert
+from bt.data.write import Limits, convert
 from bt.errors import ConfigError, DataError
 from tests.data.sources.raw_trees import first_batch, jpeg, put, samples_of, words
 
@@ -94,6 +94,45 @@ def test_damage_is_counted(coco, tmp_path):
     assert samples_of(tmp_path / "out", "train")["COCO_train2014_000000000004"].info["captions"] == words(4, 5)
 
 
+def test_a_byte_order_mark_says_nothing(coco):
+    path = coco / "karpathy/dataset_coco.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert len(list(CocoKarpathy(str(coco)).samples(print))) == len(COCO)
+
+
+def test_a_caption_that_is_not_utf_8_is_left_out_alone(coco, tmp_path):
+    """Two of five captions of one image, all of another."""
+    path = coco / "karpathy/dataset_coco.json"
+    data = json.loads(path.read_text())
+    for number in (0, 1):
+        data["images"][4]["sentences"][number]["raw"] += " café"
+    for sentence in data["images"][1]["sentences"]:
+        sentence["raw"] += " café"
+    data["images"][3]["sentences"][0]["raw"] += " ☕"
+    path.write_bytes(json.dumps(data, ensure_ascii=False).encode().replace("é".encode(), b"\xe9"))
+    index, _ = convert(CocoKarpathy(str(coco)), tmp_path / "out")
+    assert index.skipped == {"text is not unicode": 1, "text is not unicode (captions)": 2}
+    train = samples_of(tmp_path / "out", "train")
+    assert {key: sample.info["captions"] for key, sample in train.items()} == {
+        "COCO_train2014_000000000004": words(4, 5)[2:]
+    }
+    (val,) = samples_of(tmp_path / "out", "val").values()
+    assert val.info["captions"][0] == words(3, 1)[0] + " ☕"
+    with pytest.raises(DataError, match="sample 'COCO_train2014_000000000001' of train: text is not unicode"):
+        convert(CocoKarpathy(str(coco)), tmp_path / "stops", limits=Limits("fail"))
+
+
+@pytest.mark.parametrize("name", ["null\0.jpg", "half\ud800.jpg", "a/" * 3000 + "b.jpg", "a" * 300 + ".jpg"])
+def test_names_that_no_file_can_have(coco, tmp_path, name):
+    path = coco / "karpathy/dataset_coco.json"
+    data = json.loads(path.read_text())
+    data["images"].append(entry(name, "train", 5))
+    path.write_text(json.dumps(data))
+    index, _ = convert(CocoKarpathy(str(coco)), tmp_path / "out")
+    assert index.skipped == {"image cannot be read" if len(name) > 200 else "missing image": 1}
+    assert index.samples("train") == 2
+
+
 def test_broken_files_are_one_line(coco):
     path = coco / "karpathy/dataset_coco.json"
     text = path.read_bytes()
@@ -109,7 +148,8 @@ def test_broken_files_are_one_line(coco):
     assert message(text[:-30]).startswith(f"cannot read the raw file {path}: ")
     assert f"{path}: expected {{ (character 0)" in message(b"[]")
     assert f"{path}: its object has no list 'images'" in message(b'{"dataset": "coco"}')
-    assert message(b'{"dataset": "coco",\n"images": ["\xff"]}').endswith(f"{path}: line 2 is not UTF-8")
+    assert f"{path}: its object has no list 'images'" in message(b" { } ")
+    assert f"{path}: expected {{ (character 0)" in message(json.dumps({"images": []}).encode("utf-16"))
     path.unlink()
     with pytest.raises(DataError, match=f"missing raw file: {path}"):
         next(CocoKarpathy(str(coco)).samples(print))
