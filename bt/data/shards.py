@@ -229,7 +229,8 @@ class ShardSet:
         for place in [places] if isinstance(places, str | Path) else places:
             store = Store(place, cache_dir)
             data_set = index_file.parse(store.read_index(index_file.NAME), store.place)
-            found.append(f"{store.place} has {', '.join(data_set.splits) or 'no split'}")
+            filled = [name for name, shards in data_set.splits.items() if shards]
+            found.append(f"{store.place} has {', '.join(filled) or 'no split'}")
             if each and not any(data_set.splits.get(name) for name in self.splits):
                 raise DataError(f"no split '{' or '.join(self.splits)}': {found[-1]}")
             tables += self._open(store, data_set)

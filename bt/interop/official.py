@@ -27,7 +27,7 @@ PLACEHOLDERS = {
     "p": "weight|bias",
     "vit": r"class_embedding|positional_embedding|conv1\.weight|ln_pre\.\w+|ln_post\.\w+|transformer\.resblocks\..+",
     "bert": r"embeddings\..+|encoder\.layer\..+",
-    "head": "vqa|snli|nlvr2",
+    "head": "vqa|nlvr2",
     "i": r"\d",
 }
 
@@ -62,6 +62,7 @@ RENAMED = (
     ("itc_{m}_head.fc.{p}", "objectives.itc.{m}_head.fc.{p}"),
     ("temperature", "objectives.itc.temperature"),
     ("{head}_classifier.{i}.{p}", "objectives.{head}.head.{i}.{p}"),
+    ("snli_classifier.{i}.{p}", "objectives.snli_ve.head.{i}.{p}"),
     ("rank_output.{p}", "objectives.irtr.head.{p}"),
 )
 

@@ -95,13 +95,17 @@ class BridgeTower(nn.Module):
         for part in (self.text_projection, self.image_projection, self.type_embeddings):
             init_new(part, cross.init_std)
 
-    def encode_images(self, images: Tensor, type_id: int | Tensor = 1) -> Encoded:
-        """images (I, C, H, W), normalised (`vision.normalize`). type_id: row of the type table, or (I,) of them."""
+    def encode_images(self, images: Tensor, type_id: int | Tensor = 1, rows: Tensor | None = None) -> Encoded:
+        """images (I, C, H, W), normalised (`vision.normalize`).
+
+        rows: (R,), rows of `images` to give in this order, though each image is encoded once; None: all as they are.
+        type_id: row of the type table, or (R,) of them.
+        """
         uni = self.vision(images, -min(self.image_layers, default=-1))
         kind = self.type_embeddings.weight[type_id]
         kind = kind[:, None] if kind.dim() == 2 else kind
         read = self.image_bridge.merge([uni[layer] for layer in self.image_layers])
-        return Encoded(_projected(read, self.image_projection, kind), uni[-1][:, 0])
+        return Encoded(_projected(read, self.image_projection, kind, rows), gather(uni[-1][:, 0], rows))
 
     def encode_texts(self, texts: Texts) -> Encoded:
         uni = self.text(texts.ids, texts.mask, -min(self.text_layers, default=-1))
@@ -184,9 +188,9 @@ class BridgeTower(nn.Module):
         return adapted
 
 
-def _projected(states: list[Tensor], projection: nn.Linear, kind: Tensor) -> list[Tensor]:
-    """Projected, with the type embedding; a state that is read by several layers once."""
-    made = {id(state): projection(state) + kind for state in states}
+def _projected(states: list[Tensor], projection: nn.Linear, kind: Tensor, rows: Tensor | None = None) -> list[Tensor]:
+    """Projected, `rows` of them, with the type embedding; a state that is read by several layers once."""
+    made = {id(state): gather(projection(state), rows) + kind for state in states}
     return [made[id(state)] for state in states]
 
 

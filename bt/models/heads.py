@@ -85,3 +85,18 @@ class ClassifierHead(nn.Sequential):
             raise ConfigError(f"layers={layers} of a classifier head: allowed are 1, 2")
         super().__init__(*parts)
         init_new(self)
+
+
+class SentenceHead(nn.Module):
+    """First token's state (P, in_features) -> (P, outputs): dropout, Linear, tanh, dropout, Linear (transformers'
+    RobertaClassificationHead, whose names it has)."""
+
+    def __init__(self, in_features: int, outputs: int, dropout: float):
+        super().__init__()
+        self.dropout = nn.Dropout(dropout)
+        self.dense = nn.Linear(in_features, in_features)
+        self.out_proj = nn.Linear(in_features, outputs)
+        init_new(self)
+
+    def forward(self, cls: Tensor) -> Tensor:
+        return self.out_proj(self.dropout(torch.tanh(self.dense(self.dropout(cls)))))

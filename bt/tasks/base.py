@@ -54,8 +54,13 @@ class Shared:
         self.batch = batch
 
     @cached_property
+    def pixels(self) -> Tensor:
+        """The images, normalised."""
+        return self.tower.vision.normalize(self.batch.images)
+
+    @cached_property
     def images(self) -> Encoded:
-        return self.tower.encode_images(self.tower.vision.normalize(self.batch.images))
+        return self.tower.encode_images(self.pixels)
 
     @cached_property
     def texts(self) -> Encoded:
@@ -67,13 +72,15 @@ class Objective(nn.Module):
 
     Class attributes to set: `head_parameters_at_base` (names of own parameters that train at the base learning
     rate instead of the head's), `token_types` (rows of the tower's type table that it needs), `fuses` (False: it does
-    without the cross-modal encoder), `summarises` (True: it has a `summary`). Instance attributes: `weight` (times the
-    loss), `needs`, `targets` (called in the loader worker, must be picklable).
+    without the cross-modal encoder), `tower_parts` (names of the tower's modules that it reads; None: any of them),
+    `summarises` (True: it has a `summary`). Instance attributes: `weight` (times the loss), `needs`, `targets` (called
+    in the loader worker, must be picklable).
     """
 
     head_parameters_at_base: tuple[str, ...] = ()
     token_types: int = 2
     fuses: bool = True
+    tower_parts: tuple[str, ...] | None = None
     summarises: bool = False
 
     def __init__(self, weight: float, targets: Callable[[Draft], dict[str, Tensor]], needs: Needs | None = None):
@@ -158,6 +165,16 @@ class TaskModel(nn.Module):
         self.objectives = nn.ModuleDict(objectives)
         self.evaluators = dict(evaluators or {})
         self.batch_metrics = batch_metrics
+        self._freeze_unread()
+
+    def _freeze_unread(self) -> None:
+        """Freezes what no objective reads, so that it takes no optimizer state and no exchange between ranks; it stays
+        in checkpoints, for the next task."""
+        parts = [objective.tower_parts for objective in self.objectives.values()]
+        if None not in parts:
+            for name, part in self.tower.named_children():
+                if not any(name in read for read in parts):
+                    part.requires_grad_(False)
 
     def forward(self, batch: Batch) -> dict[str, Result]:
         shared = Shared(self.tower, batch)

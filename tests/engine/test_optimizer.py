@@ -16,6 +16,8 @@ from bt.tasks.base import Context, TaskModel
 from bt.tasks.itc import ITC
 from bt.tasks.itm import ITM
 from bt.tasks.mlm import MLM
+from bt.tasks.nlvr2 import NLVR2
+from bt.tasks.snli_ve import SNLIVE
 from bt.tasks.vqa import VQA
 from tests.golden_helpers import (
     ANSWERS,
@@ -45,9 +47,13 @@ OBJECTIVES = {
     "itm": ITM,
     "itc": lambda context: ITC(context, size=CONTRASTIVE),
     "vqa": lambda context: VQA(context, hidden_scale=2),
+    "snli_ve": SNLIVE,
+    "nlvr2": NLVR2,
 }
 OFFICIAL = {
     "vqa": ["vqa"],
+    "snli": ["snli_ve"],
+    "nlvr2": ["nlvr2"],
     "pretrain_mlm_itm": ["mlm", "itm"],
     "pretrain_mlm_itm_itc": ["mlm", "itm", "itc"],
     "pretrain_mlm_itm_itc_hard": ["mlm", "itm", "itc"],
@@ -57,7 +63,7 @@ METER = "pretrain_mlm_itm"
 
 def golden_model(*names: str, bridge: str = "add") -> TaskModel:
     tokenizer = SimpleNamespace(vocab_size=VOCABULARY, mask_id=4, special_ids=[0, 1, 2, 3, 4])
-    labels = {"answers": [str(answer) for answer in range(ANSWERS)]}
+    labels = {"answers": [str(answer) for answer in range(ANSWERS)], "classes": ["no", "perhaps", "yes"]}
     context = Context(WIDTH, WIDTH, WIDTH, tokenizer, labels)
     return TaskModel(golden_tower(bridge), {name: OBJECTIVES[name](context) for name in names})
 

@@ -58,7 +58,8 @@ class GLUE(Source):
 
     A sample is a line with one entry in `sentences`: `text`, `text_pair` where the task has two, and `label`: the class
     number, or for STS-B the score from 0 to 5; test splits have none, since their labels are not public. `id` is the
-    line's number, from 0 after the names of the columns, which is the index that the benchmark's submissions use. Left
+    line's number, from 0 after the names of the columns, which is the index that the benchmark's submissions use.
+    `part` is "matched" or "mismatched" in MNLI's dev and test, so that an evaluation of both can tell them apart. Left
     out and counted: a line with too few or too many fields, as QQP has, and one with an unknown label.
     """
 
@@ -93,7 +94,7 @@ class GLUE(Source):
         need(*files.values())
         for split, path in files.items():
             for number, row in self._rows(split, path, skip):
-                entry = self._entry(number, row, split.startswith("test"))
+                entry = self._entry(number, row, split)
                 if entry is None:
                     skip("unknown label")
                 else:
@@ -137,12 +138,15 @@ class GLUE(Source):
         need(path)
         return {tuple(line.strip().split("\t")) for _, line in text_lines(path, skip)}
 
-    def _entry(self, number: int, row: dict[str, str], test: bool) -> dict[str, Any] | None:
+    def _entry(self, number: int, row: dict[str, str], split: str) -> dict[str, Any] | None:
         """None if the label is unknown."""
         task = TASKS[self.task]
         entry: dict[str, Any] = {"id": number}
         entry |= dict(zip(("text", "text_pair"), (row[name] for name in task.texts), strict=False))
-        if test:
+        kind, _, part = split.partition("_")
+        if part:
+            entry["part"] = part
+        if kind == "test":
             return entry
         written = row[task.label]
         try:

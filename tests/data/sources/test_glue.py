@@ -96,6 +96,8 @@ def test_tasks(tmp_path, folder):
             want = {"id": number, "text": one}
             if folder not in ("CoLA", "SST-2"):
                 want["text_pair"] = two
+            if folder == "MNLI" and split != "train":
+                want["part"] = split.split("_")[1]
             if not split.startswith("test"):
                 own = CLASSES.get(folder, ())
                 number_of = {"0": 0, "1": 1} | {name: n for n, name in enumerate(own)}
