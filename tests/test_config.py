@@ -64,7 +64,7 @@ def command(monkeypatch, capfd, tmp_path):
         ("+optimizer.foo=1", "unknown option optimizer.foo; optimizer: betas"),
         ("cross.foo=1", "unknown option cross.foo; cross: dropout, ffn_ratio, heads"),
         ("+cross.foo=1", "unknown option cross.foo: bt.models.cross_modal.CoAttention takes width, heads"),
-        ("task=nope", "task=nope does not exist; task is one of: pretrain"),
+        ("task=nope", "task=nope does not exist; task is one of: "),
         ("experiment=nope", "experiment=nope does not exist; experiment is one of:"),
         ("optimizer.lr=abc", "optimizer.lr=abc has the wrong type: must be a number"),
         ("trainer.epochs=1.5", "trainer.epochs=1.5 has the wrong type: must be a whole number"),

@@ -57,6 +57,7 @@ class BatchMaker:
         self.targets = dict(targets or {})
         self.false_images = any(need.false_images for need in needs)
         self.false_texts = max((need.false_texts for need in needs), default=0)
+        self.any_texts = any(need.any_texts for need in needs)
         self.skip_bad, self.substitute = on_bad_sample == "skip", substitute
         if (self.false_images or self.false_texts) and len(index.samples) < 2:
             raise DataError("false images and texts need at least two images; the chosen data has one")
@@ -166,19 +167,22 @@ class _Assembly:
             return entry, {"text": entry}
         return (entry[inner], entry["text_pair"]) if "text_pair" in entry else entry[inner], entry
 
+    def texts_of(self, owner: int) -> set[str | tuple[str, str]]:
+        """All texts of a sample."""
+        first = int(self.maker.index.first[owner])
+        return {self.entry(first + i, owner)[0] for i in range(len(self.sample(owner).info[self.maker.text_field]))}
+
     def text_row(self, text: str | tuple[str, str]) -> int:
         return self.text_rows.setdefault(text, len(self.text_rows))
 
     def uniform(self, purpose: str, n: int) -> np.ndarray:
         return draws.uniforms(self.maker.seed, purpose, self.epochs, self.pairs, n)
 
-    def draw_others(self, purpose: str, wanted: np.ndarray, usable: Callable[[int, int], bool]) -> np.ndarray:
-        """Pairs of other samples, uniform over the pairs of the split; -1 where `wanted` (pairs, n) is False.
+    def draw_pairs(self, purpose: str, wanted: np.ndarray, usable: Callable[[int, int, int], bool]) -> np.ndarray:
+        """Pairs of the split, uniform over those that are usable; -1 where `wanted` (pairs, n) is False.
 
-        usable: called with the row of a pair and the number of a sample drawn for it.
-
-        The official code may draw the true image as the false one, or another text of it (base_dataset.py); here such
-        a draw is repeated.
+        usable: called with the row of a pair, and the pair and the sample drawn for it; where it says no, the draw is
+        repeated.
         """
         index, columns = self.maker.index, wanted.shape[1]
         drawn = np.full(wanted.shape, -1, np.int64)
@@ -189,29 +193,43 @@ class _Assembly:
             u = draws.uniforms(self.maker.seed, purpose, self.epochs, self.pairs, columns, first=attempt * columns)
             candidates = index.pair_at((u * index.size).astype(np.int64))
             owners = index.sample_of(candidates)
-            fits = missing & (owners != self.owners[:, None])
+            fits = missing.copy()
             for place in zip(*np.nonzero(fits), strict=True):
-                fits[place] = usable(int(place[0]), int(owners[place]))
+                fits[place] = usable(int(place[0]), int(candidates[place]), int(owners[place]))
             drawn[fits] = candidates[fits]
             missing &= ~fits
-        raise DataError(f"no usable other image was found in {_TRIES} draws: too few images, or too many bad ones")
+        raise DataError(
+            f"no usable {purpose.replace('_', ' ')} was found in {_TRIES} draws: too few images, too many bad ones, or "
+            "too few different texts"
+        )
+
+    # The official code may draw the true image as the false one, or another text of it (base_dataset.py).
 
     def false_image_rows(self) -> np.ndarray:
-        """(pairs,) image rows for the pairs that do not match, -1 elsewhere."""
+        """(pairs,) image rows for the pairs that do not match, -1 elsewhere; never the pair's own image."""
         rows = np.full(len(self.pairs), -1, np.int64)
 
-        def read(at: int, sample: int) -> bool:
+        def read(at: int, _: int, sample: int) -> bool:
+            if sample == self.owners[at]:
+                return False
             found = self.rows_of(sample, int(self.epochs[at]), int(self.pairs[at]))
             rows[at] = found[0] if found else -1
             return bool(found)
 
-        self.draw_others("false_image", ~self.match[:, None] & self.maker.false_images, read)
+        self.draw_pairs("false_image", ~self.match[:, None] & self.maker.false_images, read)
         return rows
 
     def false_text_rows(self) -> np.ndarray:
-        """(pairs, false_texts) text rows."""
+        """(pairs, false_texts) text rows; never a text of the pair's image nor its equal, unless any will do."""
+        if not self.maker.false_texts:
+            return np.empty((len(self.pairs), 0), np.int64)
+        own = [set() if self.maker.any_texts else self.texts_of(owner) for owner in self.owners.tolist()]
+
+        def false(at: int, pair: int, sample: int) -> bool:
+            return self.sample(sample) is not None and self.entry(pair, sample)[0] not in own[at]
+
         wanted = np.ones((len(self.pairs), self.maker.false_texts), bool)
-        drawn = self.draw_others("false_text", wanted, lambda _, sample: self.sample(sample) is not None)
+        drawn = self.draw_pairs("false_text", wanted, false)
         owners = self.maker.index.sample_of(drawn)
         rows = [
             self.text_row(self.entry(pair, owner)[0])

@@ -16,11 +16,14 @@ class Needs:
     """What an objective wants beside the matching pairs.
 
     false_images: draw one false image for each pair whose ITM label is "no match" (official: draw_false_image).
-    false_texts: draw so many false texts for every pair (official: draw_false_text).
+    false_texts: draw so many false texts for every pair (official: draw_false_text): never a text of the pair's image,
+    nor one of the same words. any_texts: draw them from all pairs of the split, the pair's own image included, as the
+    official code does.
     """
 
     false_images: bool = False
     false_texts: int = 0
+    any_texts: bool = False
 
 
 @dataclass

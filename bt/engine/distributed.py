@@ -60,6 +60,10 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def this_rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def all_sum(tensor: Tensor) -> Tensor:
     """The sum over ranks, in place."""
     if world_size() > 1:
@@ -71,6 +75,13 @@ def barrier() -> None:
     """Waits for all ranks."""
     if world_size() > 1:
         dist.barrier()
+
+
+def broadcast(tensor: Tensor, source: int) -> Tensor:
+    """Rank `source`'s values, in place."""
+    if world_size() > 1:
+        dist.broadcast(tensor, source)
+    return tensor
 
 
 def gather_objects(value) -> list:

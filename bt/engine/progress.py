@@ -61,6 +61,37 @@ class Progress:
             self.bar.close()
 
 
+class Countdown:
+    """How far a piece of work is, with the time left: a bar on a terminal, elsewhere a line every `every` seconds.
+
+    start: what of `total` was done before, which says nothing about the speed.
+    """
+
+    def __init__(self, what: str, total: int, unit: str, start: int = 0, *, shown: bool = True, every: float = 30.0):
+        self.what, self.total, self.unit, self.every, self.shown = what, total, unit, every, shown
+        self.start = self.done = start
+        self.began = self.said = time.perf_counter()
+        self.bar = (
+            tqdm(total=total, initial=start, desc=what, unit=unit, leave=False, file=sys.stdout, dynamic_ncols=True)
+            if shown and sys.stdout.isatty()
+            else None
+        )
+
+    def add(self, count: int) -> None:
+        self.done += count
+        now = time.perf_counter()
+        if self.bar is not None:
+            self.bar.update(count)
+        elif self.shown and now - self.said >= self.every and self.done > self.start:
+            left = (now - self.began) / (self.done - self.start) * (self.total - self.done)
+            print(f"{self.what}: {self.done:,}/{self.total:,} {self.unit}s  {duration(left)} left", flush=True)
+            self.said = now
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
 def duration(seconds: float) -> str:
     """3725.2 -> "1:02:05"."""
     minutes, seconds = divmod(int(round(max(0.0, seconds))), 60)

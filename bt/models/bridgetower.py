@@ -37,6 +37,13 @@ class Encoded:
     cls: Tensor
     mask: Tensor | None = None
 
+    def used(self, rows: Tensor) -> tuple[Encoded, Tensor]:
+        """What `rows` (P,) name, each once, and the rows among that; the rest would still pass the part of the first
+        cross-modal layer that is done per image and text."""
+        used, rows = rows.unique(return_inverse=True)
+        mask = None if self.mask is None else gather(self.mask, used)
+        return Encoded([gather(state, used) for state in self.states], gather(self.cls, used), mask), rows
+
 
 @dataclass
 class Need:

@@ -47,11 +47,19 @@ class Result:
 
 
 class Shared:
-    """The encodings of one batch, each computed once and only if an objective asks for it."""
+    """The encodings of one batch and the objectives' results, each computed once and only if someone asks for it."""
 
-    def __init__(self, tower: BridgeTower, batch: Batch):
+    def __init__(self, tower: BridgeTower, batch: Batch, objectives: Mapping[str, Objective] | None = None):
         self.tower = tower
         self.batch = batch
+        self._objectives = objectives or {}
+        self._results: dict[str, Result] = {}
+
+    def result(self, name: str) -> Result:
+        """Of the objective of that name; another one can build on it (hard negatives on ITC's similarities)."""
+        if name not in self._results:
+            self._results[name] = self._objectives[name](self, self.batch.targets[name])
+        return self._results[name]
 
     @cached_property
     def pixels(self) -> Tensor:
@@ -89,6 +97,9 @@ class Objective(nn.Module):
         self.weight = weight
         self.targets = targets
         self.needs = needs or Needs()
+
+    def check(self, objectives: Mapping[str, Objective]) -> None:
+        """Raises ConfigError where it builds on another objective of the task (all by name) that is not there."""
 
     def count(self, targets: dict[str, Tensor]) -> float:
         """How many terms the mean loss is taken over, from the targets on the CPU."""
@@ -143,6 +154,9 @@ class Evaluator:
     metrics by name on all of them.
     """
 
+    def check(self, objectives: Mapping[str, Objective]) -> None:
+        """Raises ConfigError where it reads an objective of the task (all by name) that is not there."""
+
     def __call__(self, model: TaskModel, batches: Iterable[Batch], world: Any, how: Measuring) -> dict[str, float]:
         raise NotImplementedError
 
@@ -165,6 +179,8 @@ class TaskModel(nn.Module):
         self.objectives = nn.ModuleDict(objectives)
         self.evaluators = dict(evaluators or {})
         self.batch_metrics = batch_metrics
+        for part in (*objectives.values(), *self.evaluators.values()):
+            part.check(objectives)
         self._freeze_unread()
 
     def _freeze_unread(self) -> None:
@@ -177,8 +193,8 @@ class TaskModel(nn.Module):
                     part.requires_grad_(False)
 
     def forward(self, batch: Batch) -> dict[str, Result]:
-        shared = Shared(self.tower, batch)
-        return {name: objective(shared, batch.targets[name]) for name, objective in self.objectives.items()}
+        shared = Shared(self.tower, batch, self.objectives)
+        return {name: shared.result(name) for name in self.objectives}
 
     def counts(self, batch: Batch) -> Tensor:
         """(objectives,) float64: the number of loss terms of each objective in this batch."""

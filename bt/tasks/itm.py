@@ -46,13 +46,27 @@ class ITMTargets:
 
 
 class ITM(Objective):
-    """Two-class cross-entropy on the fused [CLS] pair, mean over pairs; class 1 = match."""
+    """Two-class cross-entropy on the fused [CLS] pair, mean over pairs; class 1 = match.
 
-    def __init__(self, context: Context, weight: float = 1.0, negatives: Literal["batch", "sampled"] = "batch"):
+    frozen_head: the head stays as it is and passes its gradient on to the tower (official companion of the 16-way
+    retrieval objective).
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        weight: float = 1.0,
+        negatives: Literal["batch", "sampled"] = "batch",
+        frozen_head: bool = False,
+    ):
         if negatives not in ("batch", "sampled"):
             raise ConfigError(f"ITM.negatives={negatives}: allowed are batch, sampled")
         super().__init__(weight, ITMTargets(negatives), Needs(false_images=negatives == "sampled"))
-        self.head = ITMHead(context.width)
+        self.head = ITMHead(context.width).requires_grad_(not frozen_head)
+
+    def score(self, cls: Tensor) -> Tensor:
+        """How well pairs match, for retrieval: fused [CLS] (pairs, 2 * width) -> the match logit (pairs,)."""
+        return self.head(cls)[:, 1].float()
 
     def count(self, targets: dict[str, Tensor]) -> float:
         return len(targets["labels"])

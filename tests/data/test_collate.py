@@ -108,6 +108,32 @@ def test_false_texts_are_those_of_other_samples(train_set, tokenizer):
     assert len(batch.images) == len(set(maker.index.sample_of(np.arange(40))))  # their images are not read
 
 
+@pytest.mark.parametrize("any_texts", [False, True])
+def test_false_texts_are_false_unless_any_will_do(train_set, tokenizer, any_texts):
+    """easy-VQA's captions are few sentences, so that other images often have an own caption's words."""
+    keep, index = Keep(), PairIndex(train_set.counts("captions"), np.arange(24))
+    maker = maker_of(
+        train_set, tokenizer, "captions", targets={"x": keep}, needs=[Needs(false_texts=15, any_texts=any_texts)]
+    )
+    maker.index = index
+    pairs = index.pair_at(np.arange(index.size))
+    batch = maker(cut_of(pairs))
+    captions = {number: train_set.read(number).info["captions"] for number in range(24)}
+    own = [set(captions[owner]) for owner in index.sample_of(pairs).tolist()]
+    everything = [text for texts in captions.values() for text in texts]
+    string = {tuple(tokenizer.encode([text], 20)[0]): text for text in everything}
+    texts = [string[tuple(ids[mask].tolist())] for ids, mask in zip(batch.texts.ids, batch.texts.mask, strict=True)]
+    rows = keep.draft.false_text_rows
+    assert rows.shape == (len(pairs), 15)
+    true = np.array([[texts[row] in mine for row in drawn] for drawn, mine in zip(rows, own, strict=True)])
+    share = np.mean([[text in mine for text in everything] for mine in own])
+    assert share > 2 / 24, "some are of other images"
+    if any_texts:
+        assert true.mean() == pytest.approx(share, rel=0.15)
+    else:
+        assert not true.any() and len(set(rows.ravel())) > 0.8 * len(set(everything))
+
+
 def test_draws_do_not_depend_on_the_slicing(train_set, tokenizer):
     """One rank, or three with two micro-batches each: each pair gets the same marks, labels and false image."""
 

@@ -28,16 +28,20 @@ OVERRIDES = [
     "cross=tiny",
     "encoder.text.dropout=0",
     "cross.dropout=0",
-    "task.objectives.itm.negatives=sampled",
     "global_batch=24",
     "data.texts_per_image=3",
 ]
+# MLM, ITM with sampled images, gathered ITC; and with hard negatives of all ranks.
+SAMPLED = ["task.objectives.itm.negatives=sampled"]
+HARD = ["task=pretrain_itc_hard", "task.objectives.itm.negatives=global"]
 
 
-def train(data_dir: str, world: World, micro_batch: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+def train(
+    data_dir: str, world: World, task: list[str] = SAMPLED, micro_batch: int | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Losses (steps, objectives) of the global batch and the weights after STEPS steps."""
     with initialize_config_dir(CONF_DIR, version_base="1.3"):
-        cfg = to_config(compose("config", [*OVERRIDES, f"data.dir={data_dir}"]))
+        cfg = to_config(compose("config", [*OVERRIDES, *task, f"data.dir={data_dir}"]))
     cfg.trainer.micro_batch = micro_batch
     shards = ShardSet(data_dir, "train")
     tokenizer = make_tokenizer(texts=shards.all_texts(), **cfg.encoder.text["tokenizer"])
@@ -57,10 +61,10 @@ def train(data_dir: str, world: World, micro_batch: int | None = None) -> tuple[
 
 
 def main() -> None:
-    data_dir, out = sys.argv[1:]
+    data_dir, out, *task = sys.argv[1:]
     torch.set_num_threads(1)
     world = distributed.join("cpu")
-    losses, weights = train(data_dir, world)
+    losses, weights = train(data_dir, world, task)
     if world.main:
         save_file({"losses": losses, **weights}, out)
     distributed.leave()
