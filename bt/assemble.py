@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from hydra.utils import get_class
 
-from bt.config import Config
+from bt.config import Config, DataConfig
 from bt.config.schema import BRIDGE_OPTIONS
 from bt.data.collate import BatchMaker
 from bt.data.dataset import Loader, eval_loader, train_loader
@@ -29,6 +29,25 @@ from bt.tasks.base import Context, TaskModel
 
 # Evaluation draws (ITM pairs, masks) are the same for every training seed, so that runs can be compared.
 EVALUATION_SEED = 0
+
+
+def open_shards(data: DataConfig, split: str | Sequence[str], each: bool = True) -> ShardSet:
+    """The samples of a split of data.dir; see ShardSet for `each`.
+
+    A place `samples:NAME` is a few real samples in the form of the data set NAME (bt.samples.offline), which are made
+    in data/samples/NAME of the working directory when they are first asked for.
+    """
+    places = [_made(place) for place in ([data.dir] if isinstance(data.dir, str) else data.dir)]
+    return ShardSet(places, split, data.cache_dir, each)
+
+
+def _made(place: str) -> str:
+    scheme, _, name = place.partition(":")
+    if scheme != "samples":
+        return place
+    from bt.samples.offline import offline_shards
+
+    return str(offline_shards(name, Path("data/samples")))
 
 
 def find_tokenizer(cfg: Config, run_dir: Path, train: ShardSet) -> Tokenizer:
@@ -201,7 +220,7 @@ class Data:
 
     def evaluation(self, split: str | list[str]) -> Loader:
         data, world = self.cfg.data, self.world
-        shards = ShardSet(data.dir, split, data.cache_dir, each=False)
+        shards = open_shards(data, split, each=False)
         chosen = choose_samples(len(shards), most=self.cfg.eval.max_samples)
         index = PairIndex(shards.counts(self.cfg.task.texts), chosen)
         plan = EvalPlan(index, seed=EVALUATION_SEED, batch=self.cfg.eval.batch, world=world.size, rank=world.rank)

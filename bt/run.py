@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 
-from bt.assemble import Data, build_model, find_tokenizer
+from bt.assemble import Data, build_model, find_tokenizer, open_shards
 from bt.config import Config, prepare_run_dir, resolve_run_dir
 from bt.data.dataset import Loader
-from bt.data.shards import ShardSet
 from bt.engine import checkpoint, distributed, report
 from bt.engine.distributed import World
 from bt.engine.evaluate import Measured, evaluate
@@ -40,7 +39,7 @@ class Training:
         self.cfg, self.world = cfg, world
         self.began = time.perf_counter()
         set_numerics(cfg)
-        self.train_set = ShardSet(cfg.data.dir, cfg.data.train_split, cfg.data.cache_dir)
+        self.train_set = open_shards(cfg.data, cfg.data.train_split)
         self.run_dir = resolve_run_dir(cfg)
         self.last = checkpoint.last_checkpoint(self.run_dir)
         self.tokenizer = find_tokenizer(cfg, self.run_dir, self.train_set)

@@ -23,6 +23,7 @@ MAY_CHANGE = (
     "run_dir",
     "plugins",
     "debug",
+    "data.samples",  # a name for data.dir, which is compared
     "data.workers",
     "data.prefetch",
     "data.cache_dir",
