@@ -127,6 +127,21 @@ def without_weights(vision: Mapping[str, Any]) -> dict[str, Any]:
     return vision
 
 
+def micro_batches(global_batch: int, ranks: int, most: int | None) -> int:
+    """How many equal micro-batches of at most `most` pairs each rank takes for a step of exactly `global_batch` pairs.
+
+    ConfigError with the nearest batches that all ranks can share where this one is not.
+    """
+    per_rank, remainder = divmod(global_batch, ranks)
+    if remainder or not per_rank:
+        nearest = f"{per_rank * ranks} and {(per_rank + 1) * ranks}" if per_rank else str(ranks)
+        raise ConfigError(
+            f"global_batch={global_batch} is not a multiple of {ranks} ranks: the nearest that are: {nearest}"
+        )
+    fewest = -(-per_rank // (most or per_rank))
+    return next(parts for parts in range(fewest, per_rank + 1) if per_rank % parts == 0)
+
+
 class Data:
     """The loaders of a run, and what is to be known of its training data before them."""
 
@@ -178,22 +193,12 @@ class Data:
 
     def plan(self, shards: ShardSet) -> TrainPlan | MixedPlan:
         data, world = self.cfg.data, self.world
-        per_rank, remainder = divmod(self.cfg.global_batch, world.size)
-        # At most: many ranks have fewer pairs each than fit into the memory of one.
-        micro = max(min(self.cfg.trainer.micro_batch or per_rank, per_rank), 1)
-        if remainder or per_rank % micro:
-            unit = world.size * micro
-            below = self.cfg.global_batch // unit * unit
-            nearest = f"{below} and {below + unit}" if below else str(unit)
-            raise ConfigError(
-                f"global_batch={self.cfg.global_batch} is not a multiple of {world.size} ranks x "
-                f"trainer.micro_batch={micro}: the nearest that are: {nearest}"
-            )
+        accumulation = micro_batches(self.cfg.global_batch, world.size, self.cfg.trainer.micro_batch)
         chosen = choose_samples(len(shards), data.fraction, data.max_samples)
         counts = shards.counts(self.cfg.task.texts)
         index = PairIndex(counts, chosen)
         draw = {"seed": self.cfg.seed, "global_batch": self.cfg.global_batch}
-        share = {"world": world.size, "rank": world.rank, "accumulation": per_rank // micro}
+        share = {"world": world.size, "rank": world.rank, "accumulation": accumulation}
         order = {
             "texts_per_image": data.texts_per_image,
             "order": data.order,

@@ -112,8 +112,11 @@ class Training:
             f"{self.plan.pairs_per_epoch:,} pairs an epoch, {self.cfg.global_batch} a step; run_dir={self.run_dir}"
         )
         ranks, parts = self.world.size, self.plan.accumulation
+        micro, most = self.cfg.global_batch // (ranks * parts), self.cfg.trainer.micro_batch
+        if most and micro < most and parts > 1:
+            self.say(f"micro-batches of {micro}: trainer.micro_batch={most} does not divide a rank's {micro * parts}")
         for objective in self.model.objectives.values():
-            if note := objective.note(self.cfg.global_batch // (ranks * parts), ranks, parts):
+            if note := objective.note(micro, ranks, parts):
                 self.say(note)
         if self.world.main and (note := self.data.pixel_note(self.train_set, self.cfg.data.train_transform)):
             self.say(note)
