@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from hydra.utils import get_class
 
-from bt.config import Config
+from bt.config import Config, DataConfig
 from bt.config.schema import BRIDGE_OPTIONS
 from bt.data.collate import BatchMaker
 from bt.data.dataset import Loader, eval_loader, train_loader
@@ -29,6 +29,25 @@ from bt.tasks.base import Context, Objective, TaskModel
 
 # Evaluation draws (ITM pairs, masks) are the same for every training seed, so that runs can be compared.
 EVALUATION_SEED = 0
+
+
+def open_shards(data: DataConfig, split: str | Sequence[str], each: bool = True) -> ShardSet:
+    """The samples of a split of data.dir; see ShardSet for `each`.
+
+    A place `samples:NAME` is a few real samples in the form of the data set NAME (bt.samples.offline), which are made
+    in data/samples/NAME of the working directory when they are first asked for.
+    """
+    places = [_made(place) for place in ([data.dir] if isinstance(data.dir, str) else data.dir)]
+    return ShardSet(places, split, data.cache_dir, each)
+
+
+def _made(place: str) -> str:
+    scheme, _, name = place.partition(":")
+    if scheme != "samples":
+        return place
+    from bt.samples.offline import offline_shards
+
+    return str(offline_shards(name, Path("data/samples")))
 
 
 def find_tokenizer(cfg: Config, run_dir: Path, train: ShardSet) -> Tokenizer:
@@ -115,6 +134,21 @@ def without_weights(vision: Mapping[str, Any]) -> dict[str, Any]:
     return vision
 
 
+def micro_batches(global_batch: int, ranks: int, most: int | None) -> int:
+    """How many equal micro-batches of at most `most` pairs each rank takes for a step of exactly `global_batch` pairs.
+
+    ConfigError with the nearest batches that all ranks can share where this one is not.
+    """
+    per_rank, remainder = divmod(global_batch, ranks)
+    if remainder or not per_rank:
+        nearest = f"{per_rank * ranks} and {(per_rank + 1) * ranks}" if per_rank else str(ranks)
+        raise ConfigError(
+            f"global_batch={global_batch} is not a multiple of {ranks} ranks: the nearest that are: {nearest}"
+        )
+    fewest = -(-per_rank // (most or per_rank))
+    return next(parts for parts in range(fewest, per_rank + 1) if per_rank % parts == 0)
+
+
 class Data:
     """The loaders of a run, and what is to be known of its training data before them."""
 
@@ -166,22 +200,12 @@ class Data:
 
     def plan(self, shards: ShardSet) -> TrainPlan | MixedPlan:
         data, world = self.cfg.data, self.world
-        per_rank, remainder = divmod(self.cfg.global_batch, world.size)
-        # At most: many ranks have fewer pairs each than fit into the memory of one.
-        micro = max(min(self.cfg.trainer.micro_batch or per_rank, per_rank), 1)
-        if remainder or per_rank % micro:
-            unit = world.size * micro
-            below = self.cfg.global_batch // unit * unit
-            nearest = f"{below} and {below + unit}" if below else str(unit)
-            raise ConfigError(
-                f"global_batch={self.cfg.global_batch} is not a multiple of {world.size} ranks x "
-                f"trainer.micro_batch={micro}: the nearest that are: {nearest}"
-            )
+        accumulation = micro_batches(self.cfg.global_batch, world.size, self.cfg.trainer.micro_batch)
         chosen = choose_samples(len(shards), data.fraction, data.max_samples)
         counts = shards.counts(self.cfg.task.texts)
         index = PairIndex(counts, chosen)
         draw = {"seed": self.cfg.seed, "global_batch": self.cfg.global_batch}
-        share = {"world": world.size, "rank": world.rank, "accumulation": per_rank // micro}
+        share = {"world": world.size, "rank": world.rank, "accumulation": accumulation}
         order = {
             "texts_per_image": data.texts_per_image,
             "order": data.order,
@@ -208,7 +232,7 @@ class Data:
 
     def evaluation(self, split: str | list[str]) -> Loader:
         data, world = self.cfg.data, self.world
-        shards = ShardSet(data.dir, split, data.cache_dir, each=False)
+        shards = open_shards(data, split, each=False)
         chosen = choose_samples(len(shards), most=self.cfg.eval.max_samples)
         index = PairIndex(shards.counts(self.cfg.task.texts), chosen)
         plan = EvalPlan(index, seed=EVALUATION_SEED, batch=self.cfg.eval.batch, world=world.size, rank=world.rank)

@@ -13,13 +13,12 @@ from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from bt.assemble import Data, build_model, tokenizer_of
+from bt.assemble import Data, build_model, open_shards, tokenizer_of
 from bt.config import Config, config_hash, diff_configs
 from bt.config.explain import explain
 from bt.config.record import read_recorded, to_config
 from bt.config.schema import check_run, check_values
 from bt.config.targets import check_model_targets
-from bt.data.shards import ShardSet
 from bt.data.text import make_tokenizer
 from bt.engine import distributed, report
 from bt.engine.distributed import World
@@ -95,7 +94,7 @@ def evaluate_weights(cfg: Config, world: World, weights: Path, split: str, out_d
     # Metrics call the splits by their part in the run, whatever the data set calls them.
     parts = {"train": cfg.data.train_split, "val": cfg.data.val_split, "test": cfg.data.test_split}
     where = parts.get(split, split)
-    shards = ShardSet(cfg.data.dir, where, cfg.data.cache_dir, each=False)
+    shards = open_shards(cfg.data, where, each=False)
     # The ids that the weights know, whatever a tokenizer of that name gives by now, and off the network.
     if weights.with_name("tokenizer.json").is_file() or cfg.encoder.text["tokenizer"]["kind"] == "trained":
         tokenizer = tokenizer_of(weights)

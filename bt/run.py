@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 
-from bt.assemble import Data, build_model, find_tokenizer
+from bt.assemble import Data, build_model, find_tokenizer, open_shards
 from bt.config import Config, prepare_run_dir, resolve_run_dir
 from bt.data.dataset import Loader
-from bt.data.shards import ShardSet
 from bt.engine import checkpoint, distributed, report
 from bt.engine.distributed import World
 from bt.engine.evaluate import Measured, evaluate
@@ -41,7 +40,7 @@ class Training:
         self.cfg, self.world = cfg, world
         self.began = time.perf_counter()
         set_numerics(cfg)
-        self.train_set = ShardSet(cfg.data.dir, cfg.data.train_split, cfg.data.cache_dir)
+        self.train_set = open_shards(cfg.data, cfg.data.train_split)
         self.run_dir = resolve_run_dir(cfg)
         self.last = checkpoint.last_checkpoint(self.run_dir)
         self.tokenizer = find_tokenizer(cfg, self.run_dir, self.train_set)
@@ -118,8 +117,11 @@ class Training:
             f"{self.plan.pairs_per_epoch:,} pairs an epoch, {self.cfg.global_batch} a step; run_dir={self.run_dir}"
         )
         ranks, parts = self.world.size, self.plan.accumulation
+        micro, most = self.cfg.global_batch // (ranks * parts), self.cfg.trainer.micro_batch
+        if most and micro < most and parts > 1:
+            self.say(f"micro-batches of {micro}: trainer.micro_batch={most} does not divide a rank's {micro * parts}")
         for objective in self.model.objectives.values():
-            if note := objective.note(self.cfg.global_batch // (ranks * parts), ranks, parts):
+            if note := objective.note(micro, ranks, parts):
                 self.say(note)
         if self.world.main and (note := self.data.pixel_note(self.train_set, self.cfg.data.train_transform)):
             self.say(note)

@@ -1,6 +1,6 @@
 """Configuration: a typed schema, checks, and what of it is written down."""
 
-from bt.config.entry import entry
+from bt.config.entry import compose_run, entry
 from bt.config.record import (
     config_hash,
     config_text,
@@ -32,6 +32,7 @@ __all__ = [
     "TaskConfig",
     "TrackingConfig",
     "TrainerConfig",
+    "compose_run",
     "config_hash",
     "config_text",
     "diff_configs",

@@ -16,6 +16,7 @@ import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -77,6 +78,19 @@ def entry(
 def register(config_name: str, schema: type) -> None:
     """Puts a dataclass into Hydra's store under the name that conf/<config_name>.yaml lists first."""
     ConfigStore.instance().store(name="schema" if issubclass(schema, Config) else f"{config_name}_schema", node=schema)
+
+
+def compose_run(*overrides: str) -> Config:
+    """The checked configuration of a run, as `python -m bt.train OVERRIDES` gets it, where there is no such program.
+
+    Raises ConfigError, in one line.
+    """
+    try:
+        with hydra.initialize_config_dir(CONF_DIR, version_base="1.3"):
+            node = hydra.compose("config", list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(explain(error, overrides)) from error
+    return _checked(node, Config)
 
 
 class _Stop(BaseException):

@@ -23,6 +23,7 @@ MAY_CHANGE = (
     "run_dir",
     "plugins",
     "debug",
+    "data.samples",  # a name for data.dir, which is compared
     "data.workers",
     "data.prefetch",
     "data.cache_dir",
@@ -113,15 +114,18 @@ def resolve_run_dir(cfg: Config) -> Path:
     """The run's directory: as given, or named by the configuration's hash, so that the same command finds it again."""
     if cfg.run_dir:
         return Path(cfg.run_dir).expanduser()
-    digest = config_hash(cfg)[:8]
-    return Path("sweeps", cfg.name, digest) if _in_sweep() else Path("runs", f"{cfg.name}-{digest}")
+    digest, sweep_dir = config_hash(cfg)[:8], resolve_sweep_dir()
+    return sweep_dir / digest if sweep_dir else Path("runs", f"{cfg.name}-{digest}")
 
 
-def _in_sweep() -> bool:
+def resolve_sweep_dir() -> Path | None:
+    """The directory of the multirun that this process is in the middle of; None outside of one."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        return Path(HydraConfig.get().sweep.dir)
+    return None
 
 
 def prepare_run_dir(cfg: Config) -> Path:

@@ -48,6 +48,7 @@ class TaskConfig:
 @dataclass
 class DataConfig:
     dir: Any = MISSING
+    samples: Any = None
     train_split: Any = "train"
     val_split: Any = "val"
     test_split: Any = "test"
@@ -215,6 +216,8 @@ def check_run(cfg: Config) -> None:
     _check_bridge(cfg.bridge)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", cfg.name):
         raise ConfigError(f"name={cfg.name!r} names directories: use letters, digits, '.', '_' and '-' only")
+    if cfg.data.dir is None:
+        raise ConfigError("data.dir=null must be a directory or a list of directories (data.samples names none either)")
     dirs = cfg.data.dir if isinstance(cfg.data.dir, list) else [cfg.data.dir]
     if not dirs or not all(isinstance(entry, str) and entry for entry in dirs):
         raise ConfigError(f"data.dir={cfg.data.dir} must be a directory or a list of directories")
