@@ -17,6 +17,7 @@ from bt.data.plan import PairIndex, TrainPlan
 from bt.data.shards import ShardSet
 from bt.data.text import train_tokenizer
 from bt.engine import checkpoint
+from bt.samples import offline_shards
 from tests.data.helpers import flip_byte, truncate
 
 RUN = ["experiment=easy_vqa", "trainer=smoke", "data.workers=0", "tracking=none", "eval.test=false"]
@@ -103,6 +104,13 @@ def test_head_of_another_size(command, few_dir):
     wider = [*RUN, f"data.dir={few_dir}", "init_from=first", "task.objectives.vqa.hidden_scale=3", "run_dir=second"]
     one_line(command(*wider), "objectives.vqa.head.0.weight", "checkpoint.ignore_heads=true")
     assert command(*wider, "checkpoint.ignore_heads=true")[0] == 0
+
+
+def test_head_of_other_answers(command, few_dir, tmp_path):
+    assert command(*RUN, f"data.dir={few_dir}", "run_dir=first")[0] == 0
+    others = ["task=vqa", *RUN[1:], f"data.dir={offline_shards('vqav2', tmp_path)}", "init_from=first"]
+    one_line(command(*others, "run_dir=second"), "the head of vqa does not fit: labels 'answers': number 0 is")
+    assert command(*others, "run_dir=second", "checkpoint.ignore_heads=true")[0] == 0
 
 
 class Payload:

@@ -19,8 +19,9 @@ FAST = ["trainer=smoke", "data.workers=0", "tracking=none"]
 
 
 def start(module: str, *arguments: object, cwd: Path = ROOT, **options) -> subprocess.Popen:
+    """python -m module, or python -c with the code as the first of the arguments."""
     return subprocess.Popen(
-        [sys.executable, "-m", module, *map(str, arguments)],
+        [sys.executable, *(["-c"] if module == "-c" else ["-m", module]), *map(str, arguments)],
         cwd=cwd,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
@@ -147,6 +148,56 @@ def test_going_on_after_sigkill_is_exact(tmp_path, few_dir):
         one, other = (load_file(tmp_path / f"{n}/checkpoints/last/{part}.safetensors") for n in ("whole", "killed"))
         assert one.keys() == other.keys()
         assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+KILLED_BEFORE_ITS_REPORT = """
+import os, signal
+import bt.run
+bt.run.Training.final_metrics = lambda self: os.kill(os.getpid(), signal.SIGKILL)
+from bt.train import main
+main()
+"""
+
+
+def test_patience_ends_a_run_that_gets_no_better(tmp_path, few_dir):
+    """A rate of next to nothing: no evaluation is better than the first. The same run killed between its early end and
+    its report does not train any further."""
+    settings = [
+        "experiment=easy_vqa", f"data.dir={few_dir}", *FAST, "optimizer.lr=1e-30", "trainer.max_steps=20",
+        "eval.every_epochs=null", "eval.every_steps=2", "eval.patience=3",
+    ]  # fmt: skip
+    whole = run("bt.train", *settings, f"run_dir={tmp_path}/whole")
+    assert whole.returncode == 0, whole.stderr
+    assert "no better evaluation in 3 in a row (eval.patience): training ends at step 8" in whole.stdout
+    killed = run("-c", KILLED_BEFORE_ITS_REPORT, *settings, f"run_dir={tmp_path}/killed")
+    assert killed.returncode == -signal.SIGKILL and not (tmp_path / "killed/report.json").exists()
+    before = (tmp_path / "killed/metrics.jsonl").read_text()
+    resumed = run("bt.train", *settings, f"run_dir={tmp_path}/killed")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "continuing at step 8 of 20" in resumed.stdout
+    one, other = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("whole", "killed"))
+    assert (one["steps"], one["best_step"]) == (other["steps"], other["best_step"]) == (8, 2)
+    assert one["metrics"] == other["metrics"] and "vqa/test/score" in one["metrics"]
+    added = (tmp_path / "killed/metrics.jsonl").read_text().removeprefix(before).splitlines()
+    assert len(added) == 1 and "vqa/test/score" in json.loads(added[0]), "the test's line and no further step"
+
+
+def test_patience_counts_from_the_last_best(tmp_path, few_dir):
+    """With a rate that learns, the run goes on while it gets better, and ends after the given evaluations without."""
+    settings = [
+        "experiment=easy_vqa", f"data.dir={few_dir}", *FAST, "optimizer.lr=1e-2", "trainer.max_steps=400",
+        "data.max_samples=null", "eval.every_epochs=null", "eval.every_steps=10", "eval.patience=2", "eval.test=false",
+    ]  # fmt: skip
+    done = run("bt.train", *settings, f"run_dir={tmp_path}/run")
+    assert done.returncode == 0, done.stderr
+    scores = [line["vqa/val/score"] for line in journal(tmp_path / "run") if "vqa/val/score" in line]
+    best = max(range(len(scores)), key=scores.__getitem__)
+    report = json.loads((tmp_path / "run/report.json").read_text())
+    assert len(scores) == best + 1 + 2 and report["best_step"] == 10 * (best + 1)
+    # It had been that long without a new best never before.
+    records = [i for i, score in enumerate(scores) if score > max(scores[:i], default=-1)]
+    assert all(b - a <= 2 for a, b in zip(records, records[1:], strict=False))
+    assert report["steps"] == 10 * len(scores) < 400 and report["metrics"]["vqa/val/score"] == scores[best]
 
 
 def test_sigterm_to_the_process_group_saves_the_running_step(tmp_path, few_dir):

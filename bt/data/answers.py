@@ -1,10 +1,13 @@
-"""Answers of VQA data sets: one spelling for each, the vocabulary, soft scores (official glossary.py, write_vqa.py)."""
+"""Answers of VQA data sets: one spelling for each, the vocabulary, soft scores (official glossary.py, write_vqa.py).
+
+And the accuracy of the official VQA evaluation (vqaEval.py).
+"""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Sequence
 from functools import lru_cache
 
 from bt.errors import ConfigError
@@ -98,3 +101,23 @@ def soft_scores(answers: Iterable[str], known: Container[str]) -> dict[str, floa
     and three of the annotators, 1 for more."""
     counts = Counter(answers)
     return {answer: (0.3, 0.6, 0.9, 1.0)[min(number, 4) - 1] for answer, number in counts.items() if answer in known}
+
+
+def official_accuracy(answer: str, annotators: Sequence[str]) -> float:
+    """What the official VQA evaluation (visualqa.org, vqaEval.py) gives for an answer, in [0, 1].
+
+    min(n / 3, 1) with the n annotators that agree, averaged over the subsets that leave one of them out. Where all
+    say the same, the answer must equal it letter by letter; where they do not, all are spelt by `normalise`,
+    how="official", which is this evaluation's own processing, defects included. annotators: their answers as they are,
+    ten in VQA.
+    """
+    said = [_bare(text) for text in annotators]
+    answer = _bare(answer)
+    if len(set(said)) > 1:
+        answer, *said = (normalise(text, "official") for text in (answer, *said))
+    agree = [text == answer for text in said]
+    return sum(min((sum(agree) - left_out) / 3, 1.0) for left_out in agree) / len(agree)
+
+
+def _bare(text: str) -> str:
+    return text.replace("\n", " ").replace("\t", " ").strip()

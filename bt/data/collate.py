@@ -244,7 +244,8 @@ class _Assembly:
         false_images, false_texts = self.false_image_rows(), self.false_text_rows()
         samples = [sample for (sample, *_), rows in self.image_rows.items() for _ in rows]
         image_ids = np.array(samples, np.int64)
-        tokens = self.maker.tokenizer.batch(list(self.text_rows), self.maker.max_text_len)
+        tokenizer, unique = self.maker.tokenizer, list(self.text_rows)
+        tokens = tokenizer.batch(unique, self.maker.max_text_len)
         draft = Draft(
             texts=tokens,
             entries=entries,
@@ -254,6 +255,8 @@ class _Assembly:
             match=self.match,
             false_image_rows=false_images,
             false_text_rows=false_texts,
+            max_text_len=self.maker.max_text_len,
+            word_starts=lambda: tokenizer.word_starts(unique, self.maker.max_text_len),
             uniform=self.uniform,
         )
         return Batch(

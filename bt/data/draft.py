@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from bt.data.batch import Texts
 
@@ -35,6 +36,8 @@ class Draft:
     pair_ids: (pairs,). match: (pairs,) bool, the ITM draw: half of the pairs of the *global* step are True.
     false_image_rows: (pairs,) image row of the drawn false image, -1 where none was asked for.
     false_text_rows: (pairs, n) text rows of the drawn false texts.
+    max_text_len: tokens at which texts are cut. word_starts(): (texts, tokens) int64, see Tokenizer.word_starts; made
+    when it is asked for.
     uniform(purpose, n): (pairs, n) float64 in [0, 1), a function of (seed, purpose, epoch, pair) alone, so that
     ranks, workers and resuming do not change what is drawn.
     """
@@ -47,4 +50,6 @@ class Draft:
     match: np.ndarray
     false_image_rows: np.ndarray
     false_text_rows: np.ndarray
+    max_text_len: int
+    word_starts: Callable[[], Tensor]
     uniform: Callable[[str, int], np.ndarray]

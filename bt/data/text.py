@@ -12,6 +12,7 @@ import numpy as np
 import tokenizers
 import torch
 from tokenizers import models, normalizers, pre_tokenizers, processors
+from torch import Tensor
 
 from bt.data.batch import Texts
 from bt.errors import ConfigError, DataError
@@ -68,6 +69,24 @@ class Tokenizer:
             ids[number, : len(row)] = row
             mask[number, : len(row)] = True
         return Texts(torch.from_numpy(ids), torch.from_numpy(mask))
+
+    def word_starts(self, texts: Sequence[str | tuple[str, str]], max_length: int) -> Tensor:
+        """(texts, tokens) int64 beside `batch`: the column in which the word of a token begins.
+
+        Words are what the tokenizer cuts a text into before it cuts words into pieces; RoBERTa's are letters, digits
+        or signs in a row, with the space before them ("don't" is "don" and "'t"). A special token and padding begin
+        themselves.
+        """
+        rows = self.backend.encode_batch(list(texts))
+        starts = np.tile(np.arange(min(max(map(len, rows), default=0), max_length)), (len(rows), 1))
+        for row, item in zip(starts, rows, strict=True):
+            words = list(zip(item.sequence_ids, item.word_ids, strict=True))
+            # The last token of a text that is cut is its end token instead.
+            last = len(row) - 1 if len(words) > max_length else len(words)
+            for column in range(1, last):
+                if words[column][1] is not None and words[column] == words[column - 1]:
+                    row[column] = row[column - 1]
+        return torch.from_numpy(starts)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids, without special tokens."""

@@ -27,6 +27,7 @@ def make_draft(
     match: list[bool] | None = None,
     false_image_rows: list[int] | None = None,
     entries: list[dict] | None = None,
+    word_starts: Tensor | None = None,
     seed: int = 0,
 ) -> Draft:
     """Pairs of the given rows; what is not given is all matches, nothing drawn, pair i with text i."""
@@ -40,6 +41,8 @@ def make_draft(
         pair_ids=pair_ids,
         match=np.ones(count, bool) if match is None else np.array(match),
         false_image_rows=np.full(count, -1) if false_image_rows is None else np.array(false_image_rows),
+        max_text_len=50,
+        word_starts=lambda: word_starts,
         false_text_rows=np.zeros((count, 0), np.int64),
         uniform=lambda purpose, n: draws.uniforms(seed, purpose, 0, pair_ids, n),
     )

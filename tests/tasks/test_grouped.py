@@ -31,7 +31,7 @@ def pick(name: str, rows: torch.Tensor, shown: torch.Tensor, text_rows: torch.Te
         "mlm": {"ids": ids.masked_fill(positions, 4), "mask": mask, "positions": positions, "labels": labels},
         "itm": {"pairs": torch.stack([shown, text_rows], 1), "labels": (SHOWN == IMAGES).long()[rows]},
         "itc": {"pair": torch.arange(len(rows))},
-        "vqa": {"scores": scores[rows]},
+        "vqa": {"scores": scores[rows], "answered": rows != 3},
     }[name]
 
 

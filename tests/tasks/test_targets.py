@@ -12,7 +12,7 @@ from bt.data.plan import Cut, PairIndex
 from bt.data.shards import ShardSet
 from bt.data.text import train_tokenizer
 from bt.data.transforms import make_transform
-from bt.errors import ConfigError
+from bt.errors import ConfigError, DataError
 from bt.tasks.base import Result, TaskModel
 from bt.tasks.itc import ITC
 from bt.tasks.itm import ITM, ITMTargets
@@ -146,8 +146,15 @@ def test_itm_on_real_batches(few_dir, negatives):
 
 def test_vqa_scores_are_those_of_the_known_answers():
     entries = [{"answers": {"yes": 0.9, "perhaps": 1.0, "no": 0.3}}, {"answers": {"perhaps": 1.0}}, {"answers": {}}]
-    scores = VQATargets(ANSWERS)(make_draft([0, 0, 0], entries=entries))["scores"]
-    torch.testing.assert_close(scores, torch.tensor([[0, 0, 0.3, 0.9], [0.0] * 4, [0.0] * 4]))
+    targets = VQATargets(ANSWERS)(make_draft([0, 0, 0], entries=entries))
+    torch.testing.assert_close(targets["scores"], torch.tensor([[0, 0, 0.3, 0.9], [0.0] * 4, [0.0] * 4]))
+    assert targets["answered"].tolist() == [True, True, False]
+
+
+def test_a_vqa_score_out_of_range():
+    entries = [{"id": 1, "answers": {"yes": 0.9}}, {"id": 52, "answers": {"no": 3}}]
+    with pytest.raises(DataError, match="question 52, answer 'no': the score 3 is out of range: 0 to 1"):
+        VQATargets(ANSWERS)(make_draft([0, 0], entries=entries))
 
 
 def vqa_batch(entries: list[dict]):
@@ -156,9 +163,15 @@ def vqa_batch(entries: list[dict]):
 
 
 ENTRIES = [
-    {"id": 7, "question": "is it round?", "answers": {"yes": 1.0}, "type": "yes/no"},
+    {"id": 7, "question": "is it round?", "answers": {"yes": 1.0}, "raw_answers": ["yes"] * 10, "type": "yes/no"},
     {"id": 8, "question": "what shape?", "answers": {"circle": 0.6, "blue": 0.3}, "type": "other"},
-    {"id": 9, "question": "what colour?", "answers": {"mauve": 1.0}, "type": "other"},
+    {
+        "id": 9,
+        "question": "what colour?",
+        "answers": {"mauve": 1.0},
+        "raw_answers": ["mauve"] * 8 + ["The circle."] * 2,
+        "type": "other",
+    },
     {"id": 3, "question": "is it?", "answers": {}, "type": None},
 ]
 
@@ -171,18 +184,27 @@ def test_vqa_loss_and_scores_per_type():
         head.bias.copy_(torch.tensor([0.0, 2.0, -1.0, 1.0]))  # "circle" is always rated best
     batch = vqa_batch(ENTRIES)
     result = model(batch)["vqa"]
-    assert result.metrics["score"].tolist() == pytest.approx([0, 0.6, 0, 0])
+    # The last question has no answer: no loss and no score.
+    assert result.metrics["score"].tolist() == pytest.approx([0, 0.6, 0])
     assert result.metrics["score_yes_no"].tolist() == [0]
     assert result.metrics["score_other"].tolist() == pytest.approx([0.6, 0])
-    assert set(result.metrics) == {"score", "score_yes_no", "score_other"}
+    # "circle" is among the annotators' answers of the third alone; the second and the last have none.
+    assert result.metrics["accuracy"].tolist() == pytest.approx([0, 0.6])
+    assert result.metrics["accuracy_yes_no"].tolist() == [0]
+    assert result.metrics["accuracy_other"].tolist() == pytest.approx([0.6])
+    assert len(result.metrics) == 6
     probability = [1 / (1 + math.exp(-x)) for x in (0.0, 2.0, -1.0, 1.0)]
-    scores = [[0, 0, 0, 1], [0.3, 0.6, 0, 0], [0] * 4, [0] * 4]
+    scores = [[0, 0, 0, 1], [0.3, 0.6, 0, 0], [0] * 4]
     loss = -sum(
         y * math.log(p) + (1 - y) * math.log(1 - p) for row in scores for y, p in zip(row, probability, strict=True)
     )
     assert result.loss.item() == pytest.approx(loss, rel=1e-5)
-    assert model.counts(batch).tolist() == [4]
-    assert set(model.train()(batch)["vqa"].metrics) == {"score"}
+    assert model.counts(batch).tolist() == [3]
+    assert model.train()(batch)["vqa"].metrics == {}
+    # A batch without a single answer, of a test split.
+    batch = vqa_batch([ENTRIES[3]] * 4)
+    result = model.eval()(batch)["vqa"]
+    assert result.loss.item() == 0 and result.metrics == {} and model.counts(batch).tolist() == [0]
 
 
 def test_vqa_predictions():
@@ -196,11 +218,19 @@ def test_vqa_predictions():
         "probability": 0.9526,
         "truth": "yes",
         "score": 1.0,
+        "accuracy": 1.0,
     }
     assert [row["answer"] for row in found] == ["yes", "blue", "no", "blue"]
-    assert [row["score"] for row in found] == [1.0, 0.3, 0.0, 0.0]
+    assert [row["score"] for row in found] == [1.0, 0.3, 0.0, None]
+    assert [row.get("accuracy") for row in found] == [1.0, None, 0.0, None]
     assert [row["truth"] for row in found] == ["yes", "circle", "mauve", None]
     assert [row["image"] for row in found] == ["image-0", "image-1", "image-1", "image-0"]
+
+
+def test_vqa_submission_has_every_question_once():
+    rows = [{"question_id": n, "answer": a, "probability": 0.5} for n, a in ((7, "yes"), (3, "no"), (7, "blue"))]
+    listed = [{"question_id": 7, "answer": "yes"}, {"question_id": 3, "answer": "no"}]
+    assert VQA(CONTEXT).files(rows, "test-dev") == {"vqa-submission-test-dev.json": listed}
 
 
 def test_itc_texts_of_one_image_share_its_target():

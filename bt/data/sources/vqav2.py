@@ -89,7 +89,9 @@ class VQAv2(Source):
     for metrics that need them) and `type`; in the test splits, whose answers are not public, `answers` is empty and
     the others are missing. Both annotation files are needed for every split, since they make the classes.
 
-    As in the official script, questions of train and val without an answer among the classes are left out. Unlike
+    As in the official script, questions of train and val without an answer among the classes are left out, which the
+    official evaluation counts as wrong: of val, metrics over what is left are too good. keep_unanswerable=True keeps
+    them, with `answers` empty: they then count in the official accuracy, but have no loss and no score. Unlike
     there, images come in the order of the questions and not shuffled anew each time, a missing image is counted, and
     nothing is cut off `val` by chance (`rest_val`, unused there).
     """
@@ -99,6 +101,7 @@ class VQAv2(Source):
 
     answers: dict[str, Any] = field(default_factory=lambda: {"normalise": "official"})
     min_answer_count: int = 9
+    keep_unanswerable: bool = False
     name: str = field(init=False, default="vqav2")
     text_fields: dict = field(init=False, default_factory=lambda: {"questions": "question"})
 
@@ -176,7 +179,7 @@ class VQAv2(Source):
                     continue
                 spelt = (spelling.normalise(answer, self.answers["normalise"]) for answer in annotation.answers)
                 scores = spelling.soft_scores(spelt, known)
-                if not scores:
+                if not scores and not self.keep_unanswerable:
                     skip("question without an answer among the classes")
                     continue
                 entry |= {"answers": scores, "raw_answers": annotation.answers, "type": annotation.kind}

@@ -90,6 +90,21 @@ def test_answers_as_they_are_miss_the_classes(tree, train):
     assert kind3 and not any(number in entries for number in kind3)
 
 
+def test_questions_without_an_answer_among_the_classes_can_be_kept(tree, train):
+    annotations = {entry["question_id"]: entry for entry in raw(tree, "mscoco_train2014_annotations")}
+    left_out = Counter()
+    source = VQAv2(str(tree), ["train"], keep_unanswerable=True)
+    samples = list(source.samples(lambda reason: left_out.update([reason])))
+    entries = {entry["id"]: entry for sample in samples for entry in sample.info["questions"]}
+    usual = {entry["id"]: entry for sample in train[0].values() for entry in sample.info["questions"]}
+    reason = "question without an answer among the classes"
+    assert len(entries) == len(usual) + train[1][reason] > len(usual) and reason not in left_out
+    assert {number: entries[number] for number in usual} == usual
+    for number in entries.keys() - usual.keys():
+        said = [answer["answer"] for answer in annotations[number]["answers"]]
+        assert entries[number]["answers"] == {} and entries[number]["raw_answers"] == said
+
+
 def test_test_splits_have_no_answers(tree, tmp_path):
     source = VQAv2(str(tree), ["test", "test-dev"])
     samples = list(source.samples(print))
