@@ -3,8 +3,8 @@
 python -m bt.smoke                                   # all of conf/experiment/
 python -m bt.smoke vqa_base nlvr2_base tracking=none # these, with key=value for each of them
 
-Each is `python -m bt.train experiment=NAME trainer=smoke`: tiny random encoders, three steps, validation and test. All is
-written to a folder that is gone afterwards, the samples too, so that nothing old is used.
+Each is `python -m bt.train experiment=NAME trainer=smoke`: tiny random encoders, three steps, validation and test. All
+is written to a folder that is gone afterwards, the samples too, so that nothing old is used.
 """
 
 from __future__ import annotations

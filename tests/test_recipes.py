@@ -85,6 +85,7 @@ PRETRAIN = {
 }
 VQA = {
     "data": "data/vqav2",
+    "texts_per_image": None,  # all questions of an image in one batch; the released code draws each by itself
     "splits": (["train", "val"], "val", "test-dev"),
     "text_len": 50,
     "batch": 512,

@@ -1,4 +1,4 @@
-"""Every combination of pre-training objectives that conf/task/ has: its weights weigh, and each loss has its own mean."""
+"""Every combination of pre-training objectives in conf/task/: its weights weigh, and each loss has its own mean."""
 
 from pathlib import Path
 
