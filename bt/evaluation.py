@@ -18,7 +18,7 @@ from bt.config import Config, config_hash, diff_configs
 from bt.config.explain import explain
 from bt.config.record import read_recorded, to_config
 from bt.config.schema import check_run, check_values
-from bt.config.targets import check_model_targets
+from bt.config.targets import add_plugins, check_model_targets
 from bt.data.text import make_tokenizer
 from bt.engine import distributed, report
 from bt.engine.distributed import World
@@ -78,6 +78,7 @@ def stored_config(cfg: Config, overrides: list[Override]) -> Config:
     except OmegaConfBaseException as error:
         raise ConfigError(f"{cfg.run_dir}/config.yaml: {explain(error)}") from error
     check_values(merged)
+    add_plugins(merged.plugins)
     check_run(merged)
     check_model_targets(merged)
     return merged

@@ -1,4 +1,4 @@
-"""Every combination of pre-training objectives in conf/task/: its weights weigh, and each loss has its own mean."""
+"""Every combination of pre-training objectives in conf/task/: its weights weigh, as in a sum of gradients."""
 
 from pathlib import Path
 
