@@ -22,8 +22,8 @@ class Loaded:
     """What a start from other weights did.
 
     source: the file read. reused: objectives whose heads were taken; started: "name from other" of heads that start
-    from another objective's; new: objectives of this model that start new; unused: objectives of the checkpoint that
-    this model has not.
+    from another objective's; new: objectives of this model that start new; unused: objectives of the checkpoint whose
+    heads are neither taken nor started from.
     """
 
     source: Path
@@ -151,6 +151,7 @@ def load_weights(
         elif start := objective.start_from(heads):
             other, tensors = start
             report.started.append(f"{name} from {other}")
+            report.unused = [head for head in report.unused if head != other]
             fitting |= {f"objectives.{name}.{key}": value for key, value in tensors.items()}
         elif objective.state_dict():
             report.new.append(name)

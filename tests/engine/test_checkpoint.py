@@ -28,6 +28,7 @@ from bt.models.cross_modal import CoAttention
 from bt.models.encoders.hf_text import HFText
 from bt.models.encoders.open_clip_vit import OpenClipVision
 from bt.tasks.base import Context, TaskModel
+from bt.tasks.irtr import IRTR
 from bt.tasks.itm import ITM
 from bt.tasks.vqa import VQA
 
@@ -235,6 +236,28 @@ def test_starting_from_a_run_names_every_head(tmp_path):
     save_simply(tmp_path / "other", 1, make_model(), best=True)
     report = load_weights(tmp_path / "other" / "checkpoints" / "best", make_model(itm=True))
     assert (report.reused, report.new, report.unused) == (["vqa"], ["itm"], [])
+
+
+def test_a_new_head_starts_from_another_one(tmp_path):
+    """The rank head of 16-way retrieval: the match row of the ITM head, if there is no rank head already."""
+    source, context = make_model(itm=True), Context(16, 16, 16, SimpleNamespace())
+    save_simply(tmp_path / "first", 1, source)
+    target = TaskModel(make_model(seed=1).tower, {"irtr": IRTR(context)})
+    report = load_weights(tmp_path / "first", target)
+    match, rank = source.objectives["itm"].head.fc, target.objectives["irtr"].head
+    assert torch.equal(rank.weight, match.weight[1:]) and torch.equal(rank.bias, match.bias[1:])
+    assert (report.started, report.reused, report.new) == (["irtr from itm"], [], [])
+    assert report.unused == ["vqa"] and "heads started: irtr from itm" in str(report)
+    # Its own head comes first, and a checkpoint without the other leaves it new.
+    both = TaskModel(source.tower, {"irtr": IRTR(context), "itm": ITM(context)})
+    save_simply(tmp_path / "second", 1, both)
+    report = load_weights(tmp_path / "second", target)
+    assert (report.started, report.reused, report.unused) == ([], ["irtr"], ["itm"])
+    assert torch.equal(rank.weight, both.objectives["irtr"].head.weight)
+    save_simply(tmp_path / "third", 1, make_model())
+    before = rank.weight.clone()
+    report = load_weights(tmp_path / "third", target)
+    assert (report.started, report.new) == ([], ["irtr"]) and torch.equal(rank.weight, before)
 
 
 def test_a_head_with_other_classes_is_an_error_unless_ignored(tmp_path):
