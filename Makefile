@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test bench lint format baselines clean
+.PHONY: help venv demo test bench lint format baselines clean tasks-report
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -36,6 +36,9 @@ lint: $(VENV)/.installed  ## Check style and formatting
 format: $(VENV)/.installed  ## Format the code
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+tasks-report: $(VENV)/.installed  ## Train every task with small encoders on icons and compare with baselines (about 40 minutes)
+	$(RUN) -m bt.bench.tasks_report $(ARGS)
 
 baselines: $(VENV)/.installed  ## Measure the demo's baselines again (majority, question only, the data set author's CNN; about 15 minutes)
 	$(RUN) -m bt.bench.baselines

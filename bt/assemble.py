@@ -135,18 +135,21 @@ def without_weights(vision: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def micro_batches(global_batch: int, ranks: int, most: int | None) -> int:
-    """How many equal micro-batches of at most `most` pairs each rank takes for a step of exactly `global_batch` pairs.
+    """How many micro-batches each rank takes for a step of exactly `global_batch` pairs: of `most` pairs each, or one
+    of all that a rank has where that is less.
 
-    ConfigError with the nearest batches that all ranks can share where this one is not.
+    ConfigError with the two nearest batches that can be met where this one cannot: a batch is never rounded.
     """
-    per_rank, remainder = divmod(global_batch, ranks)
-    if remainder or not per_rank:
-        nearest = f"{per_rank * ranks} and {(per_rank + 1) * ranks}" if per_rank else str(ranks)
+    size = max(min(most or global_batch // ranks, global_batch // ranks), 1)
+    unit = ranks * size
+    if global_batch % unit:
+        below = global_batch // unit * unit
+        nearest = f"{below} and {below + unit}" if below else str(unit)
         raise ConfigError(
-            f"global_batch={global_batch} is not a multiple of {ranks} ranks: the nearest that are: {nearest}"
+            f"global_batch={global_batch} is not a multiple of {ranks} ranks x {size} pairs "
+            f"(trainer.micro_batch={most}): the nearest that are: {nearest}"
         )
-    fewest = -(-per_rank // (most or per_rank))
-    return next(parts for parts in range(fewest, per_rank + 1) if per_rank % parts == 0)
+    return global_batch // unit
 
 
 class Data:

@@ -124,7 +124,7 @@ def test_three_ranks_measure_what_one_does(trained, few_dir, tmp_path):
     three = ["--standalone", "--nproc-per-node=3", "-m", "bt.evaluate"]
     found = {}
     for module, arguments, name in (("bt.evaluate", [], "one"), ("torch.distributed.run", three, "three")):
-        shutil.copytree(trained, tmp_path / name, symlinks=True)
+        shutil.copytree(trained, tmp_path / name, symlinks=True, ignore=shutil.ignore_patterns("evaluations"))
         done = run(module, *arguments, *settings, f"run_dir={tmp_path / name}")
         assert done.returncode == 0, done.stderr
         (folder,) = (tmp_path / name / "evaluations").iterdir()

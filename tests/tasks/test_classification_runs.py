@@ -12,11 +12,11 @@ from sklearn.metrics import accuracy_score, matthews_corrcoef
 
 from bt.data.shards import ShardSet
 from bt.samples.offline import offline_shards
-from tests import test_bad_input, test_evaluate
+from tests import test_evaluate
 from tests.test_bad_input import one_line
 from tests.test_train import run
 
-command, evaluate = test_bad_input.command, test_evaluate.evaluate  # fixtures: bt.train and bt.evaluate in this process
+evaluate = test_evaluate.evaluate  # fixture: bt.evaluate in this process
 
 SMOKE = ["trainer=smoke", "tracking=none", "data=shards", "eval.max_samples=null"]
 # By name: the task, its data set, and the splits that are measured.
