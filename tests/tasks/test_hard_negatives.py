@@ -8,6 +8,7 @@ import torch
 
 from bt.data.batch import Texts
 from bt.errors import ConfigError
+from bt.models.bridgetower import Need
 from bt.tasks.base import TaskModel
 from bt.tasks.irtr import IRTR, one_of_many
 from bt.tasks.itc import ITC
@@ -77,9 +78,7 @@ def test_the_loss_written_out():
     for image, text, label in shown:
         one = Texts(unique.ids[text][None], unique.mask[text][None])
         encoded = model.tower.encode_images(batch.images[image][None]), model.tower.encode_texts(one)
-        cls = model.tower.fuse(
-            *encoded, torch.zeros(1, 2, dtype=torch.long), SimpleNamespace(cls=True, text=False, image=False)
-        ).cls
+        cls = model.tower.fuse(*encoded, torch.zeros(1, 2, dtype=torch.long), Need(cls=True)).cls
         total -= model.objectives["itm"].head(cls).log_softmax(-1)[0, label].item()
     assert results["itm"].loss.item() == pytest.approx(total, rel=1e-5)
     assert dict(zip(model.objectives, model.counts(batch).tolist(), strict=True)) == {"itm": 9, "itc": 3}
