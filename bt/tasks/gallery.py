@@ -260,7 +260,7 @@ class Gallery:
     def scores(self, images: Encoded, pairs: Tensor) -> Tensor:
         """pairs (pairs, 2), rows of `images` and slots -> scores (pairs,) float32 on the CPU."""
         found = [torch.empty(0)]
-        for piece in pairs.split(self.pairs):
+        for piece in pairs.split(self.pairs) if len(pairs) else ():
             slots, rows = piece[:, 1].unique(return_inverse=True)
             texts = self.texts(slots)
             with autocast(self.world.device, self.how.precision):

@@ -69,7 +69,7 @@ class Retrieval(Evaluator):
             if name is not None and not hasattr(objectives.get(name), method):
                 fitting = [other for other, objective in objectives.items() if hasattr(objective, method)]
                 raise ConfigError(
-                    f"Retrieval.{option}={name}: the task's objectives allow {', '.join(fitting) or 'none'}"
+                    f"Retrieval.{option}={name}: the task's objectives allow {', '.join([*fitting, 'null'])}"
                 )
 
     def __call__(self, model: TaskModel, batches: Sequence[Batch], world: World, how: Measuring) -> dict[str, float]:
@@ -126,7 +126,9 @@ class Retrieval(Evaluator):
         _, rows, slots = gallery.own_pairs(chunk)
         wanted[rows, slots] = False
         scores = torch.full(shape, -torch.inf)
-        scores[wanted] = gallery.scores(gallery.states_of(chunk), wanted.nonzero())
+        states = gallery.states_of(chunk)  # the ranks send them to each other, so every rank asks
+        if wanted.any():
+            scores[wanted] = gallery.scores(states, wanted.nonzero())
         return scores
 
 
@@ -141,7 +143,7 @@ def _own(gallery: Gallery, values: Callable[[Chunk], Tensor]) -> Tensor:
 
 def fingerprint(model: nn.Module) -> str:
     """Tells weights apart that Measuring.identity may not: of a run that was repeated from an older checkpoint."""
-    sums = torch.stack([parameter.double().sum() for parameter in model.parameters()])
+    sums = torch.stack([parameter.double().sum() for parameter in model.parameters()]).detach()
     return hashlib.sha256(sums.cpu().numpy().tobytes()).hexdigest()
 
 
