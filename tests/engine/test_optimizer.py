@@ -160,7 +160,7 @@ def test_three_steps_of_adamw(case):
     batch = golden_batch()
     pairs = torch.arange(4)[:, None].expand(-1, 2)
     ids = torch.arange(4)
-    targets = {"vqa": {"scores": batch["vqa_targets"]}}
+    targets = {"vqa": {"scores": batch["vqa_targets"], "answered": torch.ones(4, dtype=torch.bool)}}
     inputs = Batch(batch["image"], golden_texts(batch), pairs, ids, ids, targets)
 
     def mean_loss():

@@ -93,7 +93,7 @@ def test_places_of_all_objectives(training):
         "mlm": {"ids": texts.ids, "mask": texts.mask, "positions": positions, "labels": texts.ids[positions]},
         "itm": {"pairs": PAIRS, "labels": torch.tensor([1, 1, 0])},
         "itc": {"pair": torch.arange(3)},
-        "vqa": {"scores": torch.zeros(3, 4)},
+        "vqa": {"scores": torch.zeros(3, 4), "answered": torch.ones(3, dtype=torch.bool)},
     }
     with DropoutPlaces(model) as recorder:
         model(make_batch(texts, PAIRS, targets))
