@@ -26,7 +26,7 @@ demo: $(VENV)/.installed  ## Pre-train and fine-tune a small BridgeTower on easy
 test: $(VENV)/.installed  ## Run the tests (about 8 minutes on 2 cores)
 	$(RUN) -m pytest
 
-smoke: $(VENV)/.installed  ## Run every experiment end to end, with tiny encoders on a few samples (about 4 minutes on 2 cores)
+smoke: $(VENV)/.installed  ## Run every experiment end to end, with tiny encoders on a few samples (about 2 minutes on 2 cores)
 	$(RUN) -m bt.smoke
 
 bench: $(VENV)/.installed  ## Compare speed with transformers' BridgeTower on the same work, base size (about 20 minutes)
