@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test bench lint format baselines clean tasks-report
+.PHONY: help venv demo test smoke bench lint format baselines clean tasks-report
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -25,6 +25,9 @@ demo: $(VENV)/.installed  ## Pre-train and fine-tune a small BridgeTower on easy
 
 test: $(VENV)/.installed  ## Run the tests (about 8 minutes on 2 cores)
 	$(RUN) -m pytest
+
+smoke: $(VENV)/.installed  ## Run every experiment end to end, with tiny encoders on a few samples (about 2 minutes on 2 cores)
+	$(RUN) -m bt.smoke
 
 bench: $(VENV)/.installed  ## Compare speed with transformers' BridgeTower on the same work, base size (about 20 minutes)
 	$(RUN) -m bt.bench --out bench.json

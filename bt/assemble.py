@@ -140,16 +140,16 @@ def micro_batches(global_batch: int, ranks: int, most: int | None) -> int:
 
     ConfigError with the two nearest batches that can be met where this one cannot: a batch is never rounded.
     """
-    size = max(min(most or global_batch // ranks, global_batch // ranks), 1)
-    unit = ranks * size
+    single = most is None or global_batch <= ranks * most
+    unit = ranks if single else ranks * most
     if global_batch % unit:
         below = global_batch // unit * unit
         nearest = f"{below} and {below + unit}" if below else str(unit)
         raise ConfigError(
-            f"global_batch={global_batch} is not a multiple of {ranks} ranks x {size} pairs "
-            f"(trainer.micro_batch={most}): the nearest that are: {nearest}"
+            f"global_batch={global_batch} is not a multiple of {ranks} ranks{'' if single else f' x {most} pairs'} "
+            f"(trainer.micro_batch={'null' if most is None else most}): the nearest that are: {nearest}"
         )
-    return global_batch // unit
+    return 1 if single else global_batch // unit
 
 
 class Data:

@@ -117,9 +117,7 @@ class Training:
             f"{self.plan.pairs_per_epoch:,} pairs an epoch, {self.cfg.global_batch} a step; run_dir={self.run_dir}"
         )
         ranks, parts = self.world.size, self.plan.accumulation
-        micro, most = self.cfg.global_batch // (ranks * parts), self.cfg.trainer.micro_batch
-        if most and micro < most and parts > 1:
-            self.say(f"micro-batches of {micro}: trainer.micro_batch={most} does not divide a rank's {micro * parts}")
+        micro = self.cfg.global_batch // (ranks * parts)
         for objective in self.model.objectives.values():
             if note := objective.note(micro, ranks, parts):
                 self.say(note)

@@ -426,13 +426,20 @@ def test_micro_batches(batch, ranks, most, parts):
 
 
 @pytest.mark.parametrize(
-    ("batch", "ranks", "nearest"),
-    # 504: ManagerTower's VQA, where the released code takes 480 without a word.
-    [(512, 6, "504 and 528"), (100, 8, "96 and 128"), (16, 64, "64"), (504, 8, "480 and 512")],
+    ("batch", "ranks", "most", "nearest"),
+    [
+        (512, 6, 4, "504 and 528"),
+        (100, 8, 4, "96 and 128"),
+        (504, 8, 4, "480 and 512"),  # ManagerTower's VQA, where the released code takes 480 without a word
+        (16, 64, 4, "64"),
+        (100, 8, None, "96 and 104"),
+        (20, 8, 8, "16 and 24"),  # one micro-batch a rank may be smaller
+    ],
 )
-def test_a_batch_that_cannot_be_exact_names_the_nearest(batch, ranks, nearest):
+def test_a_batch_that_cannot_be_exact_names_the_nearest(batch, ranks, most, nearest):
     with pytest.raises(ConfigError, match=f"the nearest that are: {nearest}$"):
-        micro_batches(batch, ranks, 4)
+        micro_batches(batch, ranks, most)
+    assert all(micro_batches(int(number), ranks, most) for number in nearest.split(" and "))
 
 
 def test_a_shared_default_that_moves_is_found():
