@@ -12,6 +12,7 @@ import torch
 from bt.data.batch import Batch, Texts
 from bt.engine import distributed
 from bt.engine.distributed import World
+from bt.models.bridgetower import BridgeTower
 from bt.tasks.base import Measuring, TaskModel
 from bt.tasks.itc import ITC
 from bt.tasks.itm_itc import HardITM
@@ -68,17 +69,20 @@ def evaluate(case: str, size: int, world: World, how: Measuring, **options) -> d
 
 
 def main() -> None:
-    """case, captions in a batch, output file, directory for work; seconds that each call of fuse takes longer."""
-    case, size, out, work, wait = sys.argv[1:]
+    """Output file, directory for work, seconds that each call of fuse takes longer; cases with captions in a batch."""
+    out, work, wait, *cases = sys.argv[1:]
     torch.set_num_threads(1)
     world = distributed.join("cpu")
     if float(wait):
-        fuse = type(make_tower()).fuse
-        type(make_tower()).fuse = lambda *arguments: (time.sleep(float(wait)), fuse(*arguments))[1]
-    found = evaluate(case, int(size), world, Measuring("test", work_dir=Path(work), identity="one", cache_bytes=20_000))
-    everywhere = distributed.gather_objects(found)
+        fuse = BridgeTower.fuse
+        BridgeTower.fuse = lambda *arguments: (time.sleep(float(wait)), fuse(*arguments))[1]
+    how = Measuring("test", work_dir=Path(work), identity="one", cache_bytes=20_000)
+    found = []
+    for case in cases:
+        name, size = case.split(":")
+        found.append(distributed.gather_objects(evaluate(name, int(size), world, how)))
     if world.main:
-        Path(out).write_text(json.dumps(everywhere))
+        Path(out).write_text(json.dumps(found))
     distributed.leave()
 
 

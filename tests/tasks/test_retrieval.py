@@ -139,27 +139,19 @@ def test_half_precision_is_half_of_the_bytes(monkeypatch, expected):
     assert set(kinds) == {torch.float32}
 
 
-@pytest.mark.parametrize("case, size", [("all", 3), ("k", 3), ("similarity", 3), ("k", 20)])
-def test_two_ranks(case, size, expected, tmp_path):
+def test_two_ranks(expected, tmp_path):
     """Seven batches of three captions, the last one of two; and a single batch, so that a rank has nothing."""
-    torchrun(2, "tests.tasks.retrieval_ranks", case, size, tmp_path / "out.json", tmp_path / "work", 0)
-    found = json.loads((tmp_path / "out.json").read_text())
-    assert found[0] == found[1] and {key: found[0][key] for key in expected[case]} == pytest.approx(expected[case])
-    assert not (tmp_path / "work").exists() or list((tmp_path / "work").iterdir()) == []
+    cases = ["all:3", "k:3", "similarity:3", "k:20"]
+    torchrun(2, "tests.tasks.retrieval_ranks", tmp_path / "out.json", tmp_path / "work", 0, *cases)
+    for case, (one, other) in zip(cases, json.loads((tmp_path / "out.json").read_text()), strict=True):
+        wanted = expected[case.split(":")[0]]
+        assert one == other and {key: one[key] for key in wanted} == pytest.approx(wanted), case
+    assert list((tmp_path / "work").iterdir()) == []
 
 
 def test_a_killed_evaluation_goes_on(tmp_path, monkeypatch, expected):
     work = tmp_path / "work"
-    command = [
-        sys.executable,
-        "-m",
-        "tests.tasks.retrieval_ranks",
-        "all",
-        "3",
-        str(tmp_path / "out"),
-        str(work),
-        "0.05",
-    ]
+    command = [sys.executable, "-m", "tests.tasks.retrieval_ranks", str(tmp_path / "out"), str(work), "0.05", "all:3"]
     process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
     done, deadline = 0, time.monotonic() + 120
     while done < 3:
