@@ -187,7 +187,7 @@ class TaskModel(nn.Module):
         """Freezes what no objective reads, so that it takes no optimizer state and no exchange between ranks; it stays
         in checkpoints, for the next task."""
         parts = [objective.tower_parts for objective in self.objectives.values()]
-        if None not in parts:
+        if parts and None not in parts:
             for name, part in self.tower.named_children():
                 if not any(name in read for read in parts):
                     part.requires_grad_(False)

@@ -44,6 +44,7 @@ class ITC(Objective):
 
     # Official groups: the temperature trains at the base rate, with decay.
     head_parameters_at_base = ("temperature",)
+    fuses = False
 
     def __init__(
         self,
