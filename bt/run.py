@@ -17,10 +17,10 @@ from typing import Any
 import torch
 
 from bt.assemble import Data, build_model, find_tokenizer
-from bt.config import Config, prepare_run_dir, resolve_run_dir
+from bt.config import Config, one_line, prepare_run_dir, resolve_run_dir, resolve_sweep_dir
 from bt.data.dataset import Loader
 from bt.data.shards import ShardSet
-from bt.engine import checkpoint, distributed, report
+from bt.engine import checkpoint, distributed, heartbeat, report
 from bt.engine.distributed import World
 from bt.engine.initial import load_weights
 from bt.engine.loop import NonFiniteLoss, StepReport, Stopped, Trainer, evaluate, fit
@@ -126,6 +126,7 @@ class Training:
             self.say(note)
         mirror = self.mirror()
         self.progress = Progress(total, step, shown=self.world.main)
+        self.heartbeat = heartbeat.Heartbeat(self.run_dir, step, total, self.world.main)
         try:
             fit(
                 self.trainer,
@@ -154,7 +155,8 @@ class Training:
     def mirror(self) -> Mirror | None:
         if not self.world.main:
             return None
-        return Mirror(self.cfg.tracking, self.run_dir, self.cfg.name, report.tracking_tags(self.world.device))
+        tags = report.tracking_tags(self.world.device)
+        return Mirror(self.cfg.tracking, self.run_dir, self.cfg.name, tags, sweep_dir=resolve_sweep_dir())
 
     def on_log(self, step: StepReport) -> None:
         self.images_seen += step.images
@@ -181,6 +183,7 @@ class Training:
             log.warning(f"left out bad images: {shown}")
 
     def after_step(self, step: int, stop: bool) -> None:
+        self.heartbeat.step(step)
         if self.world.main:
             self.progress.step(step)
         cfg, last = self.cfg.checkpoint, step == self.total_steps
@@ -345,10 +348,23 @@ def train(cfg: Config) -> float | None:
             if world.main:
                 log.info(f"already finished: {finished}")
             return metrics.get(cfg.task.metric)
-        return Training(cfg, world).run()
+        return run_to_its_end(cfg, world, run_dir)
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
         raise UserError(f"no space left on the disk of {error.filename or run_dir}") from error
     finally:
         distributed.leave()
+
+
+def run_to_its_end(cfg: Config, world: World, run_dir: Path) -> float | None:
+    """Trains, and leaves in the run's heartbeat how it ended."""
+    try:
+        value = Training(cfg, world).run()
+    except BaseException as error:
+        stopped = isinstance(error, Stopped | KeyboardInterrupt)
+        heartbeat.write_end(run_dir, "stopped" if stopped else "failed", one_line(error))
+        raise
+    if world.main:
+        heartbeat.write_end(run_dir, "finished")
+    return value

@@ -40,13 +40,18 @@ ABSENT = "(absent)"
 _SECRET = "<from the environment>"
 
 
-def record(cfg: DictConfig) -> dict[str, Any]:
+def record(cfg: DictConfig, part: str | None = None) -> dict[str, Any]:
     """`cfg` as a plain dictionary with every interpolation resolved, but `${oc.env:...}` and what depends on it.
 
-    Values from the environment may be secrets, so they stay as they were written.
+    Values from the environment may be secrets, so they stay as they were written. part: a node of `cfg`, such as
+    "hydra.launcher", to record alone.
     """
     raw = OmegaConf.to_container(cfg, resolve=False)
     masked = OmegaConf.create(_map_leaves(raw, lambda v: _SECRET if isinstance(v, str) and "oc.env:" in v else v))
+    if part:
+        masked = OmegaConf.select(masked, part)
+        for key in part.split("."):
+            raw = raw[key]
     resolved = OmegaConf.to_container(masked, resolve=True)
     return _restore(raw, resolved)
 
@@ -113,15 +118,18 @@ def resolve_run_dir(cfg: Config) -> Path:
     """The run's directory: as given, or named by the configuration's hash, so that the same command finds it again."""
     if cfg.run_dir:
         return Path(cfg.run_dir).expanduser()
-    digest = config_hash(cfg)[:8]
-    return Path("sweeps", cfg.name, digest) if _in_sweep() else Path("runs", f"{cfg.name}-{digest}")
+    digest, sweep_dir = config_hash(cfg)[:8], resolve_sweep_dir()
+    return sweep_dir / digest if sweep_dir else Path("runs", f"{cfg.name}-{digest}")
 
 
-def _in_sweep() -> bool:
+def resolve_sweep_dir() -> Path | None:
+    """The directory of the multirun that this process is in the middle of; None outside of one."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        return Path(HydraConfig.get().sweep.dir)
+    return None
 
 
 def prepare_run_dir(cfg: Config) -> Path:
