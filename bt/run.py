@@ -183,10 +183,10 @@ class Training:
             log.warning(f"left out bad images: {shown}")
 
     def after_step(self, step: int, stop: bool) -> None:
-        self.heartbeat.step(step)
+        cfg, last = self.cfg.checkpoint, step == self.total_steps
+        self.heartbeat.step(step, stop or last)
         if self.world.main:
             self.progress.step(step)
-        cfg, last = self.cfg.checkpoint, step == self.total_steps
         if self.is_evaluation(step):
             self.save(self.evaluate(step))
         elif (

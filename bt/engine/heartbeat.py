@@ -25,6 +25,11 @@ def job_id() -> str | None:
     return around.get("BT_JOB") or around.get("SLURM_JOB_ID")
 
 
+def restarts() -> int:
+    """How often SLURM has put this job back into its queue."""
+    return int(os.environ.get("SLURM_RESTART_COUNT", 0))
+
+
 def process_start(pid: int) -> str | None:
     """When a process of this machine began, in the kernel's ticks: with the number it names one process for good.
 
@@ -48,7 +53,7 @@ def write(run_dir: Path, state: str, **values: Any) -> None:
         "state": state,
         "time": round(time.time(), 3),
         "job": job_id(),
-        "attempt": int(os.environ.get("SLURM_RESTART_COUNT", 0)),
+        "attempt": restarts(),
         "host": socket.gethostname(),
         "pid": pid,
         "process_start": process_start(pid),
@@ -68,12 +73,21 @@ def read(run_dir: Path) -> dict[str, Any]:
         return {}
 
 
+def failed(run_dir: Path) -> bool:
+    """Whether a rank of this job's attempt has failed already."""
+    last = read(run_dir)
+    return last.get("state") == "failed" and bool(last.get("job")) and _attempt(last) == (job_id(), restarts())
+
+
+def _attempt(heartbeat: dict[str, Any]) -> tuple[str | None, int | None]:
+    return heartbeat.get("job"), heartbeat.get("attempt")
+
+
 def write_end(run_dir: Path, state: str, error: str | None = None) -> None:
     """The last word of an attempt, with the step where it ended; the first rank that fails has it."""
-    last = read(run_dir)
-    own = (last.get("job"), last.get("attempt")) == (job_id(), int(os.environ.get("SLURM_RESTART_COUNT", 0)))
-    if own and last.get("state") == "failed" and last.get("job"):
+    if failed(run_dir):
         return
+    last = read(run_dir)
     kept = {key: last[key] for key in ("step", "total") if key in last}
     write(run_dir, state, **kept, **({"error": error} if error else {}))
 
@@ -87,10 +101,10 @@ class Heartbeat:
         self.written = float("-inf")
         self.step(step)
 
-    def step(self, step: int) -> None:
-        """`step` steps are done."""
+    def step(self, step: int, last: bool = False) -> None:
+        """`step` steps are done; last: none follows."""
         now = time.perf_counter()
-        if not self.shown or now - self.written < EVERY:
+        if not self.shown or (now - self.written < EVERY and not last):
             return
         self.written = now
         each = (now - self.began) / (step - self.start) if step > self.start else None
