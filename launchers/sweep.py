@@ -150,8 +150,8 @@ def compose_members(loader: Any, config: DictConfig, job_overrides: Iterable[Ite
 
 
 def short_labels(overrides: Sequence[Sequence[str]]) -> list[str]:
-    """Of each member what its overrides have that not all others have; of the only one, all of them."""
-    common = set.intersection(*map(set, overrides)) if len(overrides) > 1 else set()
+    """Of each member what its overrides have that not all others have."""
+    common = set.intersection(*map(set, overrides)) if overrides else set()
     return [" ".join(word for word in words if word not in common) or "-" for words in overrides]
 
 
