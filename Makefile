@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test bench lint format baselines clean
+.PHONY: help venv demo test soak bench slurm-local slurm-demo mlflow-server lint format baselines clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -25,6 +25,19 @@ demo: $(VENV)/.installed  ## Pre-train and fine-tune a small BridgeTower on easy
 
 test: $(VENV)/.installed  ## Run the tests (about 8 minutes on 2 cores)
 	$(RUN) -m pytest
+
+soak: $(VENV)/.installed  ## Interrupt runs at random moments, again and again (about 25 minutes; SLURM's part needs root)
+	$(RUN) -m pytest -m soak
+
+slurm-local: $(VENV)/.installed  ## Start a real SLURM of two nodes on this machine (root, Debian's slurm-wlm and munge)
+	@launchers/slurm_local.sh up
+	@echo 'make it known:  eval "$$(launchers/slurm_local.sh env)"    end it:  launchers/slurm_local.sh down --purge'
+
+slurm-demo: $(VENV)/.installed  ## Submit a sweep of bridges to that SLURM, pre-empt it, and show its table from MLflow
+	$(RUN) -m launchers.demo
+
+mlflow-server: $(VENV)/.installed  ## MLflow on a PostgreSQL of its own, until Ctrl-C (Debian's postgresql)
+	PYTHON=$(RUN) launchers/mlflow_server.sh
 
 bench: $(VENV)/.installed  ## Compare speed with transformers' BridgeTower on the same work, base size (about 20 minutes)
 	$(RUN) -m bt.bench --out bench.json

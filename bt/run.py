@@ -26,6 +26,7 @@ from bt.engine.initial import load_weights
 from bt.engine.loop import NonFiniteLoss, StepReport, Stopped, Trainer, evaluate, fit
 from bt.engine.optimizer import build_optimizer, make_schedule
 from bt.engine.progress import Progress, table
+from bt.engine.system import SystemMetrics
 from bt.engine.tracking import Journal, Mirror
 from bt.errors import ConfigError, DataError, UserError
 from bt.tasks.base import TaskModel
@@ -126,6 +127,7 @@ class Training:
             self.say(note)
         mirror = self.mirror()
         self.progress = Progress(total, step, shown=self.world.main)
+        self.system = SystemMetrics() if self.cfg.tracking.system_metrics and self.world.main else None
         self.heartbeat = heartbeat.Heartbeat(self.run_dir, step, total, self.world.main)
         try:
             fit(
@@ -170,6 +172,7 @@ class Training:
         record |= {f"{name}/train/loss": value for name, value in step.losses.items()}
         record |= {f"lr/{role}": value for role, value in step.learning_rates.items()}
         record |= {"pairs_per_second": step.pairs_per_second, "data_wait_share": step.data_wait_share}
+        record |= self.system.sample() if self.system else {}
         self.journal.append(record)
         self.progress.report(step.step, step.epoch, step.losses, step.pairs_per_second)
 

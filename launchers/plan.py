@@ -17,7 +17,7 @@ from bt.engine.distributed import World
 from bt.engine.progress import table
 from bt.errors import UserError
 from launchers import local, slurm
-from launchers.sweep import Sweep, short_labels
+from launchers.sweep import Sweep
 
 
 def plan(
@@ -27,8 +27,7 @@ def plan(
     ranks, unit = ranks_of(sweep)
     sizes: dict[str, tuple[int, int]] = {}
     rows, hours, disk = [], 0.0, 0
-    labels = short_labels(overrides)
-    for label, cfg in zip(labels, configs.values(), strict=True):
+    for label, cfg in configs.items():
         speed = pairs_per_second(cfg, arguments, ranks)
         shape = json.dumps([asdict(cfg.encoder), cfg.bridge, cfg.cross, asdict(cfg.task)], sort_keys=True, default=str)
         steps, sizes[shape] = measure(cfg, ranks, sizes.get(shape))

@@ -58,7 +58,7 @@ forget_hosts() { # /etc/hosts may be a bind mount, which cannot be renamed over
 configure() {
   local host; host=$(hostname -s)
   forget_hosts
-  for n in $(names); do getent hosts "$n" >/dev/null || echo "127.0.0.1 $n $MARK" >>/etc/hosts; done
+  for n in $(names); do echo "127.0.0.1 $n $MARK" >>/etc/hosts; done
   cat >"$SLURM_CONF" <<CONF
 ClusterName=local
 SlurmctldHost=$host(127.0.0.1)

@@ -43,7 +43,7 @@ def of(sweep: Sweep, members: Iterable[Member] | None = None) -> dict[str, State
     """{key: state} of the members (None: all). Raises UserError where SLURM does not answer."""
     members = list(sweep.members.values() if members is None else members)
     jobs = {key: entries[-1] for key, entries in sweep.jobs().items()}
-    asked = [jobs[m.key] for m in members if m.key in jobs and ":" not in jobs[m.key] and not is_finished(m)]
+    asked = [jobs[m.key] for m in members if m.key in jobs and ":" not in jobs[m.key] and not _is_over(m)]
     known = slurm.states(asked)
     return {m.key: _state(sweep, m, jobs.get(m.key, ""), known) for m in members}
 
@@ -51,14 +51,23 @@ def of(sweep: Sweep, members: Iterable[Member] | None = None) -> dict[str, State
 def _state(sweep: Sweep, member: Member, job: str, known: dict[str, slurm.JobState]) -> State:
     beat = heartbeat.read(member.run_dir)
     place = {"job": job, "step": beat.get("step"), "total": beat.get("total")}
+    mine = beat if beat.get("job") == job else {}
     if is_finished(member):
+        found = known.get(job)
+        alive = local.lives(mine) if ":" in job and mine else found is not None and not found.ended
+        if alive and mine.get("state") == "running":
+            return State("ending", "sending the rest to MLflow", **place)
         return State("finished", **place)
     if not job:
         return State("not submitted", **place)
-    mine = beat if beat.get("job") == job else {}
     if ":" in job:
         return _local_state(job, mine, place)
     return _slurm_state(sweep, member, known.get(job), mine, place)
+
+
+def _is_over(member: Member) -> bool:
+    """Whether a finished member's process has said so itself; before, it may still be sending."""
+    return is_finished(member) and heartbeat.read(member.run_dir).get("state") == "finished"
 
 
 def _local_state(job: str, mine: dict[str, Any], place: dict[str, Any]) -> State:

@@ -6,7 +6,7 @@ import copy
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -124,16 +124,15 @@ def read(directory: Path) -> Sweep:
         raise UserError(f"{directory / SPEC} cannot be read: {one_line(error)}") from error
 
 
-def compose_members(loader: Any, config: DictConfig, job_overrides: Iterable[Iterable[str]]) -> dict[str, Config]:
-    """{overrides on one line: configuration} of a multirun's members, each checked; one that is wrong refuses them all.
+def compose_members(loader: Any, config: DictConfig, job_overrides: Sequence[Sequence[str]]) -> dict[str, Config]:
+    """{label: configuration} of a multirun's members, each checked; one that is wrong refuses them all.
 
     loader, config: of Hydra, as its launchers get them.
     """
     from hydra.core.hydra_config import HydraConfig
 
     found: dict[str, Config] = {}
-    for overrides in job_overrides:
-        label = " ".join(overrides)
+    for label, overrides in zip(short_labels(job_overrides), job_overrides, strict=True):
         try:
             composed = loader.load_sweep_config(config, list(overrides))
             HydraConfig.instance().set_config(copy.deepcopy(composed))  # for ${hydra:...}
@@ -155,26 +154,25 @@ def short_labels(overrides: Sequence[Sequence[str]]) -> list[str]:
     return [" ".join(word for word in words if word not in common) or "-" for words in overrides]
 
 
-def add_members(sweep: Sweep, configs: Mapping[str, Config], overrides: Iterable[Iterable[str]]) -> list[Member]:
+def add_members(sweep: Sweep, configs: Mapping[str, Config], overrides: Sequence[Sequence[str]]) -> list[Member]:
     """Gives each configuration its run directory with config.yaml, and makes it a member; in order.
 
     What a job runs is what is written here: editing conf/ while it waits changes nothing.
     """
-    made: dict[str, Member] = {}
-    overrides = [list(words) for words in overrides]
-    for label, cfg, words in zip(short_labels(overrides), configs.values(), overrides, strict=True):
+    made: list[Member] = []
+    for (label, cfg), words in zip(configs.items(), overrides, strict=True):
         key = config_hash(cfg)[:8]
         run_dir = Path(cfg.run_dir).expanduser().resolve() if cfg.run_dir else sweep.dir / key
-        twin = next((m for m in made.values() if m.key == key or m.run_dir == run_dir), None)
+        twin = next((member for member in made if member.key == key or member.run_dir == run_dir), None)
         if twin:
             raise ConfigError(f"members {twin.label} and {label} are the same run; nothing was submitted")
-        made[key] = Member(key, tuple(words), run_dir, label)
-    for cfg, member in zip(configs.values(), made.values(), strict=True):
+        made.append(Member(key, tuple(words), run_dir, label))
+    for cfg, member in zip(configs.values(), made, strict=True):
         cfg.run_dir = cfg.recorded["run_dir"] = str(member.run_dir)
         prepare_run_dir(cfg)
         Cursor(member.run_dir).set(sweep=os.path.relpath(sweep.dir, member.run_dir))
-    sweep.members |= made
-    return list(made.values())
+    sweep.members |= {member.key: member for member in made}
+    return made
 
 
 def from_hydra(kind: str, config: DictConfig) -> Sweep:

@@ -28,7 +28,7 @@ def slow(seconds: float) -> list[str]:
     return [f"plugins=[{PLUGINS}]", "bridge._target_=slow_bridges.SlowBridge", f"+bridge.seconds={seconds}"]
 
 
-def start(*words: object, cwd: Path, **around: str) -> subprocess.Popen:
+def start(*words: object, cwd: Path, start_new_session: bool = False, **around: str) -> subprocess.Popen:
     """`python -m WORDS` in a directory."""
     return subprocess.Popen(
         [sys.executable, "-m", *map(str, words)],
@@ -37,6 +37,7 @@ def start(*words: object, cwd: Path, **around: str) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=start_new_session,
     )
 
 

@@ -55,7 +55,7 @@ class Submitted:
         self.limited = [
             *steps(450), *slow(0.1), *plain, on("n1"), "hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=5"
         ]  # fmt: skip
-        self.pair = [*steps(250), *slow(0.08), *plain, on("n2"), "seed=0,1", "hydra.sweep.dir=sweeps/pair"]
+        self.pair = [*steps(200), *slow(0.2), *plain, on("n2"), "seed=0,1", "hydra.sweep.dir=sweeps/pair"]
         self.data = data
 
     def submit(self, name: str, overrides: list[str]) -> subprocess.CompletedProcess:
@@ -74,25 +74,16 @@ def submitted(cluster, tmp_path_factory, few_dir):
     made = Submitted(root, few_dir, port)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        made.waiting = start("bt.train", "-m", *made.pair, cwd=root)
         began = time.monotonic()
         made.answers = {"six": made.submit("six", made.six)}
         made.seconds = time.monotonic() - began
+        made.waiting = start("bt.train", "-m", *made.pair, cwd=root)
         made.answers["limited"] = made.submit("limited", made.limited)
         for answer in made.answers.values():
             assert answer.returncode == 0, answer.stderr
         yield made
         if made.waiting.poll() is None:
             made.waiting.kill()
-
-
-def test_what_does_not_compose_is_refused_before_anything_is_submitted(submitted, cluster):
-    answer = submitted.submit("refused", [*TINY, "seed=0,-1", "hydra/launcher=slurm"])
-    assert answer.returncode == 1 and len(answer.stderr.splitlines()) == 1
-    assert "member seed=-1" in answer.stderr and "out of range" in answer.stderr
-    assert not (submitted.root / "sweeps/refused/sweep.yaml").exists()
-    answer = submitted.submit("refused", [*TINY, "hydra/launcher=slurm", "hydra.launcher.partition=nosuch"])
-    assert answer.returncode == 1 and "sbatch refuses" in answer.stderr and "nosuch" not in cluster.command("squeue")
 
 
 def test_a_killed_member_is_shown_and_a_dead_node_is_survived(submitted, cluster):
@@ -117,9 +108,9 @@ def test_a_killed_member_is_shown_and_a_dead_node_is_survived(submitted, cluster
     until(lambda: all(s.word == "finished" for s in states.of(pair).values()), 150, "both have finished")
     assert pair.jobs()[moved.key] == jobs[moved.key] and len(pair.jobs()[killed.key]) == 2
     for member in (killed, moved):
-        assert logged_steps(member.run_dir) == list(range(1, 251))
+        assert logged_steps(member.run_dir) == list(range(1, 201))
     beat = json.loads((moved.run_dir / "heartbeat.json").read_text())
-    assert (beat["state"], beat["attempt"], beat["step"]) == ("finished", 1, 250)
+    assert (beat["state"], beat["attempt"], beat["step"]) == ("finished", 1, 200)
     log = Path(pair.dir, ".submitit", jobs[moved.key][-1]).glob("*_log.out")
     text = "".join(path.read_text() for path in log)
     resumed = int(text.split("continuing at step ")[1].split()[0])
@@ -127,6 +118,15 @@ def test_a_killed_member_is_shown_and_a_dead_node_is_survived(submitted, cluster
     out, err = submitted.waiting.communicate(timeout=60)
     # It stopped waiting for the killed member, unless `retry` was quick enough to make it whole.
     assert (submitted.waiting.returncode, "1 of the sweep's members failed" in err) in ((1, True), (0, False)), err
+
+
+def test_what_does_not_compose_is_refused_before_anything_is_submitted(submitted, cluster):
+    answer = submitted.submit("refused", [*TINY, "seed=0,-1", "hydra/launcher=slurm"])
+    assert answer.returncode == 1 and len(answer.stderr.splitlines()) == 1
+    assert "member seed=-1" in answer.stderr and "out of range" in answer.stderr
+    assert not (submitted.root / "sweeps/refused/sweep.yaml").exists()
+    answer = submitted.submit("refused", [*TINY, "hydra/launcher=slurm", "hydra.launcher.partition=nosuch"])
+    assert answer.returncode == 1 and "sbatch refuses" in answer.stderr and "nosuch" not in cluster.command("squeue")
 
 
 def test_six_members_two_at_a_time(submitted, cluster):
