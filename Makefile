@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test smoke bench lint format baselines clean tasks-report
+.PHONY: help venv demo test smoke bench lint format baselines clean tasks-report soak slurm-local slurm-demo mlflow-server
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -17,7 +17,7 @@ venv: $(VENV)/.installed  ## Make .venv with everything that the other targets n
 $(VENV)/.installed: pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; install Python 3.11 or newer, or give PYTHON=python3.x" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -e '.[dev,slurm]'
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -e '.[dev,slurm,tracking]'
 	@touch $@
 
 demo: $(VENV)/.installed  ## Pre-train and fine-tune a small BridgeTower on easy-VQA, report against baselines (under 10 minutes on 2 cores)
@@ -28,6 +28,19 @@ test: $(VENV)/.installed  ## Run the tests (about 8 minutes on 2 cores)
 
 smoke: $(VENV)/.installed  ## Run every experiment end to end, with tiny encoders on a few samples (about 2 minutes on 2 cores)
 	$(RUN) -m bt.smoke
+
+soak: $(VENV)/.installed  ## Interrupt runs at random moments, again and again (about 25 minutes; SLURM's part needs root)
+	$(RUN) -m pytest -m soak
+
+slurm-local: $(VENV)/.installed  ## Start a real SLURM of two nodes on this machine (root, Debian's slurm-wlm and munge)
+	@launchers/slurm_local.sh up
+	@echo 'make it known:  eval "$$(launchers/slurm_local.sh env)"    end it:  launchers/slurm_local.sh down --purge'
+
+slurm-demo: $(VENV)/.installed  ## Submit a sweep of bridges to that SLURM, pre-empt it, and show its table from MLflow
+	$(RUN) -m launchers.demo
+
+mlflow-server: $(VENV)/.installed  ## MLflow on a PostgreSQL of its own, until Ctrl-C (Debian's postgresql)
+	PYTHON=$(RUN) launchers/mlflow_server.sh
 
 bench: $(VENV)/.installed  ## Compare speed with transformers' BridgeTower on the same work, base size (about 20 minutes)
 	$(RUN) -m bt.bench --out bench.json

@@ -16,15 +16,16 @@ from typing import Any
 import torch
 
 from bt.assemble import Data, build_model, find_tokenizer, open_shards
-from bt.config import Config, prepare_run_dir, resolve_run_dir
+from bt.config import Config, one_line, prepare_run_dir, resolve_run_dir, resolve_sweep_dir
 from bt.data.dataset import Loader
-from bt.engine import checkpoint, distributed, report
+from bt.engine import checkpoint, distributed, heartbeat, report
 from bt.engine.distributed import World
 from bt.engine.evaluate import Measured, evaluate
 from bt.engine.initial import load_weights
 from bt.engine.loop import NonFiniteLoss, StepReport, Stopped, Trainer, fit
 from bt.engine.optimizer import build_optimizer, make_schedule
 from bt.engine.progress import Progress, table
+from bt.engine.system import SystemMetrics
 from bt.engine.tracking import Journal, Mirror
 from bt.errors import ConfigError, DataError, UserError
 from bt.tasks.base import Measuring
@@ -125,6 +126,8 @@ class Training:
             self.say(note)
         mirror = self.mirror()
         self.progress = Progress(total, step, shown=self.world.main)
+        self.system = SystemMetrics() if self.cfg.tracking.system_metrics and self.world.main else None
+        self.heartbeat = heartbeat.Heartbeat(self.run_dir, step, total, self.world.main)
         try:
             if not self.out_of_patience():
                 fit(
@@ -154,7 +157,8 @@ class Training:
     def mirror(self) -> Mirror | None:
         if not self.world.main:
             return None
-        return Mirror(self.cfg.tracking, self.run_dir, self.cfg.name, report.tracking_tags(self.world.device))
+        tags = report.tracking_tags(self.world.device)
+        return Mirror(self.cfg.tracking, self.run_dir, self.cfg.name, tags, sweep_dir=resolve_sweep_dir())
 
     def on_log(self, step: StepReport) -> None:
         self.images_seen += step.images
@@ -167,6 +171,7 @@ class Training:
         record |= {f"{name}/train/loss": value for name, value in step.losses.items()}
         record |= {f"lr/{role}": value for role, value in step.learning_rates.items()}
         record |= {"pairs_per_second": step.pairs_per_second, "data_wait_share": step.data_wait_share}
+        record |= self.system.sample() if self.system else {}
         self.journal.append(record)
         self.progress.report(step.step, step.epoch, step.losses, step.pairs_per_second)
 
@@ -185,9 +190,10 @@ class Training:
 
     def after_step(self, step: int, stop: bool) -> bool:
         """Evaluates and saves where it is time to; False ends the training."""
+        cfg, last = self.cfg.checkpoint, step == self.total_steps
+        self.heartbeat.step(step, stop or last)
         if self.world.main:
             self.progress.step(step)
-        cfg, last = self.cfg.checkpoint, step == self.total_steps
         if self.is_evaluation(step):
             self.save(self.evaluate(step))
         elif (
@@ -362,10 +368,23 @@ def train(cfg: Config) -> float | None:
             if world.main:
                 log.info(f"already finished: {finished}")
             return metrics.get(cfg.task.metric)
-        return Training(cfg, world).run()
+        return run_to_its_end(cfg, world, run_dir)
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
         raise UserError(f"no space left on the disk of {error.filename or run_dir}") from error
     finally:
         distributed.leave()
+
+
+def run_to_its_end(cfg: Config, world: World, run_dir: Path) -> float | None:
+    """Trains, and leaves in the run's heartbeat how it ended."""
+    try:
+        value = Training(cfg, world).run()
+    except BaseException as error:
+        stopped = isinstance(error, Stopped | KeyboardInterrupt)
+        heartbeat.write_end(run_dir, "stopped" if stopped else "failed", one_line(error))
+        raise
+    if world.main:
+        heartbeat.write_end(run_dir, "finished")
+    return value

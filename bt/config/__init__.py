@@ -1,6 +1,6 @@
 """Configuration: a typed schema, checks, and what of it is written down."""
 
-from bt.config.entry import compose_run, entry
+from bt.config.entry import check_config, compose_run, entry, log_to_stdout, one_line
 from bt.config.record import (
     config_hash,
     config_text,
@@ -8,6 +8,7 @@ from bt.config.record import (
     prepare_run_dir,
     read_config,
     resolve_run_dir,
+    resolve_sweep_dir,
     write_config,
 )
 from bt.config.schema import (
@@ -32,13 +33,17 @@ __all__ = [
     "TaskConfig",
     "TrackingConfig",
     "TrainerConfig",
+    "check_config",
     "compose_run",
     "config_hash",
     "config_text",
     "diff_configs",
     "entry",
+    "log_to_stdout",
+    "one_line",
     "prepare_run_dir",
     "read_config",
     "resolve_run_dir",
+    "resolve_sweep_dir",
     "write_config",
 ]

@@ -54,7 +54,7 @@ def entry(
         def task(node: DictConfig) -> Any:
             _progress["composed"] = True
             try:
-                return main(_checked(node, schema))
+                return main(_checked(node))
             except UserError as error:
                 if HydraConfig.get().mode == RunMode.MULTIRUN and not error.ends_sweep:
                     overrides = " ".join(HydraConfig.get().overrides.task)
@@ -90,27 +90,35 @@ def compose_run(*overrides: str) -> Config:
             node = hydra.compose("config", list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(error, overrides)) from error
-    return _checked(node, Config)
+    return _checked(node)
 
 
 class _Stop(BaseException):
     """Carries a user's mistake through Hydra, which would print lines of its own for an Exception."""
 
 
-def _checked(node: DictConfig, schema: type) -> Any:
+def _checked(node: DictConfig) -> Any:
     try:
         _progress["debug"] |= bool(node.get("debug"))
         cfg = to_config(node)
     except OmegaConfBaseException as error:
         raise ConfigError(explain(error)) from error
+    check_config(cfg)
+    return cfg
+
+
+def check_config(cfg: Any) -> None:
+    """Every check that needs no data: limits, what goes together, and classes with their arguments.
+
+    Puts the configuration's plug-ins on sys.path. Raises ConfigError, which names the key.
+    """
     check_values(cfg)
     add_plugins(getattr(cfg, "plugins", []))
-    if issubclass(schema, Config):
+    if isinstance(cfg, Config):
         check_run(cfg)
         check_model_targets(cfg)
     if hasattr(cfg, "check"):
         cfg.check()
-    return cfg
 
 
 def _run(program: Callable[[], None]) -> None:
@@ -119,7 +127,7 @@ def _run(program: Callable[[], None]) -> None:
     # What fails while it is composed has no other word on debug than the command line.
     _progress.update(composed=False, debug="debug=true" in [argument.lower() for argument in sys.argv[1:]])
     _failed_members.clear()
-    _log_to_stdout()
+    log_to_stdout()
     try:
         _check_sweep(sys.argv[1:])
         sys.argv[1:] = _options_first(sys.argv[1:])
@@ -186,7 +194,7 @@ class _Lines(logging.Handler):
         sys.stdout.flush()
 
 
-def _log_to_stdout() -> None:
+def log_to_stdout() -> None:
     """`bt`'s own log lines are shown as they are; other libraries speak from warnings on."""
     logger = logging.getLogger("bt")
     if not any(isinstance(handler, _Lines) for handler in logger.handlers):

@@ -41,13 +41,18 @@ ABSENT = "(absent)"
 _SECRET = "<from the environment>"
 
 
-def record(cfg: DictConfig) -> dict[str, Any]:
+def record(cfg: DictConfig, part: str | None = None) -> dict[str, Any]:
     """`cfg` as a plain dictionary with every interpolation resolved, but `${oc.env:...}` and what depends on it.
 
-    Values from the environment may be secrets, so they stay as they were written.
+    Values from the environment may be secrets, so they stay as they were written. part: a node of `cfg`, such as
+    "hydra.launcher", to record alone.
     """
     raw = OmegaConf.to_container(cfg, resolve=False)
     masked = OmegaConf.create(_map_leaves(raw, lambda v: _SECRET if isinstance(v, str) and "oc.env:" in v else v))
+    if part:
+        masked = OmegaConf.select(masked, part)
+        for key in part.split("."):
+            raw = raw[key]
     resolved = OmegaConf.to_container(masked, resolve=True)
     return _restore(raw, resolved)
 

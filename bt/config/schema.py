@@ -128,6 +128,7 @@ class TrackingConfig:
     uri: str | None = None
     experiment: str = "bt"
     timeout_seconds: int = option(5, low=1)
+    system_metrics: bool = False
 
 
 @dataclass

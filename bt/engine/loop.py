@@ -148,7 +148,10 @@ class Trainer:
 
 
 class StopSignal:
-    """Remembers SIGTERM, SIGINT or SIGUSR2 until the running step is done; a second one ends at once."""
+    """Remembers SIGTERM, SIGINT or SIGUSR2 until the running step is done; then a SIGINT ends at once.
+
+    Not so the others: SLURM announces one preemption by SIGTERM and SIGUSR2 together.
+    """
 
     def __init__(self):
         self.name: str | None = None
@@ -162,7 +165,7 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame) -> None:
-        if self.name:
+        if self.name and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.name = signal.Signals(number).name
 

@@ -6,12 +6,15 @@ Everything that is sent lies in the run directory (metrics.jsonl, config.yaml, t
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import logging
 import os
 import re
 import threading
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,8 @@ CURSOR = "tracking.json"
 JOURNAL = "metrics.jsonl"
 # MLflow's limits for one request.
 METRICS_PER_BATCH, PARAMS_PER_BATCH, PARAM_LENGTH = 1000, 100, 500
+PARENT, KEY = "mlflow.parentRunId", "bt.key"  # tags: MLflow's own of a child run; ours, which finds a run again
+OPEN = ("RUNNING", "SCHEDULED")
 # A fork during an import would leave the child with an import lock that nobody gives back, so forks wait for it.
 _importing = threading.RLock()
 os.register_at_fork(before=_importing.acquire, after_in_parent=_importing.release, after_in_child=_importing.release)
@@ -50,11 +55,31 @@ def make_client(uri: str, timeout_seconds: int) -> Any:
     return MlflowClient(tracking_uri=uri)
 
 
+def create_once(client: Any, cursor: Cursor, experiment_id: str, name: str, tags: Mapping[str, str]) -> str:
+    """The id of a new run, or of the one that an attempt made whose answer was lost."""
+    key = cursor.get("key")
+    if key is None:
+        key = uuid.uuid4().hex
+        cursor.set(key=key)
+    elif found := client.search_runs([experiment_id], f"tags.`{KEY}` = '{key}'", max_results=1):
+        return found[0].info.run_id
+    return client.create_run(experiment_id, run_name=name, tags={**tags, KEY: key}).info.run_id
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds a lock among processes, also of several machines where the file system can do that."""
+    with open(path, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 class Cursor:
     """tracking.json: the run in the store and how far it has got, written after every step of the sending.
 
     step, keys: everything before `step` was sent, and at `step` the metrics `keys`. sending: a request was under
     way, so the store must be asked what of it arrived. uri: the store's address, only where it can hold no password.
+    key: the run's tag bt.key. sweep: the sweep's directory as seen from the run's; its own cursor has the parent run.
     """
 
     def __init__(self, run_dir: Path):
@@ -104,19 +129,58 @@ class Sender:
 
     def _connect(self) -> None:
         self.client = self.client or make_client(self.uri, self.timeout_seconds)
-        digest = hashlib.sha256(self.uri.encode()).hexdigest()[:16]
+        digest = self._digest()
         run_id = self.cursor.get("run_id")
         if run_id and self.cursor.get("store") != digest and not self._has(run_id):
             self.cursor.forget_run()
             run_id = None
         if run_id is None:
-            run = self.client.create_run(self._experiment_id(), run_name=self.name)
-            run_id = run.info.run_id
+            experiment_id, parent = self._experiment_id(), self._parent()
+            run_id = create_once(self.client, self.cursor, experiment_id, self.name, {PARENT: parent} if parent else {})
         elif not self.cursor.get("final") and not self.cursor.get("sent"):
             self.client.update_run(run_id, status="RUNNING")
         open_address = self.uri if not re.search(r"[@?]", self.uri) else None
         self.cursor.set(run_id=run_id, store=digest, uri=open_address)
         self.position, self.run_id = 0, run_id
+
+    def register(self) -> str:
+        """Makes the run in the store for a job that waits to start, and returns its id."""
+        self._connect()
+        self.client.update_run(self.run_id, status="SCHEDULED")
+        return str(self.run_id)
+
+    def _parent(self) -> str | None:
+        """The id of the sweep's run in the store, made by the first member that gets here."""
+        relative = self.cursor.get("sweep")
+        if relative is None:
+            return None
+        sweep_dir = (self.run_dir / relative).resolve()
+        with locked(sweep_dir / ".tracking.lock"):
+            cursor, digest = Cursor(sweep_dir), self._digest()
+            run_id = cursor.get("run_id")
+            if run_id and cursor.get("store") != digest and not self._has(run_id):
+                cursor.forget_run()
+                run_id = None
+            if run_id is None:
+                run_id = create_once(self.client, cursor, self._experiment_id(), sweep_dir.name, {"bt.sweep": "true"})
+            cursor.set(run_id=run_id, store=digest)
+        self.client.update_run(run_id, status="RUNNING")
+        return run_id
+
+    def _end_parent(self) -> None:
+        """Ends the sweep's run when none of its members goes on or waits."""
+        parent = self.client.get_run(self.run_id).data.tags.get(PARENT)
+        if parent is None:
+            return
+        mine = f"tags.`{PARENT}` = '{parent}' AND attributes.status"
+        experiment_id = self._experiment_id()
+        if any(self.client.search_runs([experiment_id], f"{mine} = '{s}'", max_results=1) for s in OPEN):
+            return
+        failed = self.client.search_runs([experiment_id], f"{mine} != 'FINISHED'", max_results=1)
+        self.client.set_terminated(parent, status="FAILED" if failed else "FINISHED")
+
+    def _digest(self) -> str:
+        return hashlib.sha256(self.uri.encode()).hexdigest()[:16]
 
     def _has(self, run_id: str) -> bool:
         from mlflow.exceptions import MlflowException
@@ -213,6 +277,7 @@ class Sender:
             if (self.run_dir / name).is_file():
                 self.client.log_artifact(self.run_id, str(self.run_dir / name))
         self.client.set_terminated(self.run_id, status=final["status"])
+        self._end_parent()
         self.cursor.set(final=None, sent=True)
 
 

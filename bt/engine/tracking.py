@@ -24,6 +24,8 @@ log = logging.getLogger("bt.tracking")
 SEND_EVERY = 5.0  # seconds between requests; lines in between go out together
 RETRY_EVERY = 15.0  # seconds between attempts while the store does not answer
 FINISH_WITHIN = 60.0  # seconds that the end of a run waits for the rest to be sent
+STOP_WITHIN = 10.0  # the same for a run that was stopped or failed: a job that is pre-empted has little time
+FINISH_ATTEMPTS = 3  # a store that others write to may be busy for a moment
 
 
 class Journal:
@@ -69,10 +71,13 @@ class Mirror:
     """Sends the journal to MLflow from a thread; with tracking.kind=none it does nothing.
 
     tags: what describes the run beside its configuration (git revision, environment), sent once. A continued run
-    cuts its journal before this is made.
+    cuts its journal before this is made. sweep_dir: of the sweep that the run is a member of, whose run in MLflow is
+    its parent; None keeps what the run directory says.
     """
 
-    def __init__(self, cfg: TrackingConfig, run_dir: Path, name: str, tags: Mapping[str, str]):
+    def __init__(
+        self, cfg: TrackingConfig, run_dir: Path, name: str, tags: Mapping[str, str], sweep_dir: Path | None = None
+    ):
         self.enabled = cfg.kind == "mlflow"
         self.run_dir = Path(run_dir)
         if not self.enabled:
@@ -81,6 +86,8 @@ class Mirror:
         try:
             self.cursor = Cursor(run_dir)
             self.cursor.set(tags=dict(tags), experiment=cfg.experiment, name=name, final=None, sent=None)
+            if sweep_dir is not None:
+                self.cursor.set(sweep=os.path.relpath(sweep_dir, run_dir))
             (self.run_dir / JOURNAL).touch()
         except OSError as error:  # a full disk, such as any that tracking may not end the training with
             log.warning(
@@ -113,7 +120,7 @@ class Mirror:
         except OSError as error:
             log.warning(f"tracking: {self.cursor.path} cannot be written: {error.strerror}")
         self.ending.set()
-        self.thread.join(FINISH_WITHIN)
+        self.thread.join(FINISH_WITHIN if status == "FINISHED" else STOP_WITHIN)
         sent = bool(self.cursor.get("sent"))
         if not sent:
             log.warning(
@@ -123,12 +130,14 @@ class Mirror:
         return sent
 
     def _work(self) -> None:
-        while True:
-            last = self.ending.is_set()
+        while not self.ending.is_set():
             ok = self._attempt()
-            if last:
-                return
             self.ending.wait(SEND_EVERY if ok else RETRY_EVERY)
+        for attempt in range(FINISH_ATTEMPTS):
+            if attempt:
+                time.sleep(min(1.0, RETRY_EVERY))
+            if self._attempt():
+                return
 
     def _attempt(self) -> bool:
         try:

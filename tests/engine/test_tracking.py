@@ -21,6 +21,7 @@ from bt.engine.mlflow_store import Cursor, Sender, make_client, without_secrets
 from bt.engine.tracking import Journal, Mirror
 from bt.errors import DataError, UserError
 from bt.sync import sync
+from tests.engine.writers import check_store, write_side_by_side
 
 
 @pytest.fixture(scope="module")
@@ -308,3 +309,48 @@ class _Run:
 
 def _experiment(self, name):
     return type("Experiment", (), {"experiment_id": "0"})()
+
+
+@pytest.mark.timeout(400)
+def test_four_writers_at_a_time_to_a_new_sqlite_file(tmp_path):
+    """They make its tables at the same time too, and SQLite lets one write at a time."""
+    sweep_dir = tmp_path / "sweep"
+    sweep_dir.mkdir()
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    write_side_by_side(uri, sweep_dir, 4)
+    check_store(make_client(uri, 5), sweep_dir, 4)
+
+
+def test_a_run_whose_making_was_answered_by_nobody_is_found_again(store, run):
+    uri, client = store
+    sender = Sender(run, Cursor(run), uri, "bt", "example", 5)
+    sender.client = make_client(uri, 5)
+    create_run = sender.client.create_run
+    sender.client.create_run = lambda *args, **kwargs: create_run(*args, **kwargs) and 1 / 0
+    Journal(run).append(line(1))
+    with pytest.raises(ZeroDivisionError):
+        sender.send()
+    key = Cursor(run).get("key")
+    found = client.search_runs([client.get_experiment_by_name("bt").experiment_id], f"tags.`bt.key` = '{key}'")
+    assert [one.info.run_id for one in found] == [sync(run, uri)]
+
+
+def test_a_sweep_ends_with_its_last_member(store, tmp_path):
+    uri, client = store
+    for number in range(3):
+        (tmp_path / str(number)).mkdir()
+        cfg = Config(name=f"member{number}")
+        cfg.task.metric, cfg.data.dir = "vqa/val/score", "shards"
+        write_config(cfg, tmp_path / str(number))
+    # One waits, as submission leaves it; one goes on and one ends.
+    waiting = Cursor(tmp_path / "2")
+    waiting.set(sweep="..")
+    scheduled = Sender(tmp_path / "2", waiting, uri, "bt", "member2", 5).register()
+    parent = client.get_run(scheduled).data.tags["mlflow.parentRunId"]
+    assert client.get_run(scheduled).info.status == "SCHEDULED"
+    for number, status in ((0, "FINISHED"), (1, "FAILED"), (2, "FINISHED")):
+        assert client.get_run(parent).info.status == "RUNNING"
+        mirror = Mirror(TrackingConfig(uri=uri), tmp_path / str(number), "m", {}, sweep_dir=tmp_path)
+        Journal(tmp_path / str(number)).append(line(1))
+        assert mirror.finish(status)
+    assert mirror.run_id == scheduled and client.get_run(parent).info.status == "FAILED"
