@@ -12,6 +12,7 @@ from launchers import local, states
 from launchers.sweep import find
 from tests.launchers.helpers import TINY, logged_steps, run, slow, start, steps, until
 
+pytestmark = pytest.mark.cluster
 LOCAL = ["tracking=none", "hydra/launcher=local"]
 
 

@@ -16,6 +16,8 @@ from mlflow import MlflowClient
 from tests.engine.writers import check_store, write_side_by_side
 from tests.launchers.helpers import ROOT, until
 
+pytestmark = pytest.mark.cluster
+
 
 @pytest.fixture
 def server():

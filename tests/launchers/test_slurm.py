@@ -23,7 +23,7 @@ from launchers import states
 from launchers.sweep import find, read
 from tests.launchers.helpers import TINY, journal, lines, logged_steps, run, slow, start, steps, until
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 SECRET = "hunter2"
 # Passed on literally: as an option of sbatch, and as a value of the configuration.
 EVIL = 'it\'s a "job" $(touch {mark})'
