@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra.core.hydra_config import HydraConfig
 
 from bt import train
 from bt.data.sources.easy_vqa import EasyVQA
@@ -33,6 +34,13 @@ def few_dir(tmp_path_factory, small_raw) -> Path:
     out = tmp_path_factory.mktemp("few") / "shards"
     convert(EasyVQA(str(small_raw)), out, shard_size=10)
     return out
+
+
+@pytest.fixture(autouse=True)
+def no_hydra_left():
+    """What a program run in this process leaves in Hydra's global state would make a later test part of its sweep."""
+    yield
+    HydraConfig.instance().cfg = None
 
 
 @pytest.fixture
