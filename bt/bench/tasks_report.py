@@ -25,7 +25,9 @@ from matplotlib.figure import Figure
 
 from bt.data.decode import decode
 from bt.data.shards import ShardSet
+from bt.data.write import convert
 from bt.engine.progress import duration
+from bt.samples.offline import source_of
 
 SIDE = 16  # pixels of a side to which pictures are shrunk before they are compared
 GLUE = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte")
@@ -120,12 +122,11 @@ def make_shards(out: Path, pictures: int) -> None:
         shards = out / "shards" / source
         if (shards / "index.json").is_file():
             continue
-        name, _, task = source.partition("_") if source.startswith("glue_") else (source, "", "")
+        name = "glue" if source.startswith("glue_") else source
         raw = out / "raw" / name
         if not raw.is_dir():
             run("bt.samples", "icons", "--out", str(out), "--source", name, "--limit", str(pictures))
-        options = [f"source.task={task}"] if task else []
-        run("bt.convert", f"source={name}", *options, f"raw_dir={raw}", f"out_dir={shards}")
+        convert(source_of(source, raw), shards)
 
 
 def train(trial: Trial, out: Path, seed: int, settings: list[str]) -> dict[str, Any]:

@@ -152,12 +152,22 @@ class CrossModalLayer(nn.Module):
 class CrossEncoder(nn.Module):
     """The cross-modal encoder as the tower sees it: `layers` steps on the states of both modalities.
 
-    width: of the states. init_std: deviation of the tower's new weights, 0.02 in the official code. It suits the widths
-    of base and large; narrow layers (128) hardly pass anything on with it and learn several times as slowly.
+    width: of the states. norm_eps: the official code has 1e-12 here (and in the MLM head), transformers' port 1e-5.
+    norm: see SubLayer; with "pre" what the last layer gives out has a norm of its own (final_norm). init_std: deviation
+    of the tower's new weights, 0.02 in the official code. It suits the widths of base and large; narrow layers (128)
+    hardly pass anything on with it and learn several times as slowly.
     """
 
     def __init__(
-        self, width: int, heads: int, layers: int, ffn_ratio: float, dropout: float, norm_eps: float, init_std: float
+        self,
+        width: int = 768,
+        heads: int = 12,
+        layers: int = 6,
+        ffn_ratio: float = 4.0,
+        dropout: float = 0.1,
+        norm_eps: float = 1e-12,
+        init_std: float = 0.02,
+        norm: Literal["post", "pre"] = "post",
     ):
         super().__init__()
         for key, value in (("width", width), ("heads", heads)):
@@ -169,10 +179,18 @@ class CrossEncoder(nn.Module):
         check_range("cross.init_std", init_std, above=0)
         if width % heads:
             raise ConfigError(f"cross.heads={heads} does not divide cross.width={width}")
+        if norm not in ("post", "pre"):
+            raise ConfigError(f"cross.norm={norm}: allowed are post, pre")
         self.width = width
         self.layers = layers
         self.init_std = init_std
         self.checkpointing = False
+        self.build(width, heads, ffn_ratio, dropout, norm_eps, norm)
+        init_new(self, init_std)
+
+    def build(self, width: int, heads: int, ffn_ratio: float, dropout: float, norm_eps: float, norm: str) -> None:
+        """Makes the layers, of this size each; their weights are drawn afterwards."""
+        raise NotImplementedError
 
     def forward(
         self,
@@ -202,34 +220,16 @@ class CrossEncoder(nn.Module):
 
 
 class CoAttention(CrossEncoder):
-    """A stack of cross-modal layers for each modality (the paper's). Layer l of both reads the same pair of inputs.
+    """A stack of cross-modal layers for each modality (the paper's). Layer l of both reads the same pair of inputs."""
 
-    norm_eps: the official code has 1e-12 here (and in the MLM head), transformers' port 1e-5.
-    norm: see SubLayer; with "pre" the last layer's output of each modality gets a norm of its own.
-    """
-
-    def __init__(
-        self,
-        width: int = 768,
-        heads: int = 12,
-        layers: int = 6,
-        ffn_ratio: float = 4.0,
-        dropout: float = 0.1,
-        norm_eps: float = 1e-12,
-        init_std: float = 0.02,
-        norm: Literal["post", "pre"] = "post",
-    ):
-        super().__init__(width, heads, layers, ffn_ratio, dropout, norm_eps, init_std)
-        check_norm(norm)
-
+    def build(self, width, heads, ffn_ratio, dropout, norm_eps, norm):
         def stack() -> nn.ModuleList:
             sizes = (width, heads, ffn_ratio, dropout, norm_eps, norm)
-            return nn.ModuleList(CrossModalLayer(*sizes) for _ in range(layers))
+            return nn.ModuleList(CrossModalLayer(*sizes) for _ in range(self.layers))
 
         self.text_layers = stack()
         self.image_layers = stack()
         self.text_norm, self.image_norm = final_norm(width, norm_eps, norm), final_norm(width, norm_eps, norm)
-        init_new(self, init_std)
 
     def forward(self, layer, text, image, text_rows, image_rows, text_mask, pair_mask, read_text, read_image):
         to_text = (text, image, text_rows, image_rows, text_mask, None, read_text)
@@ -239,11 +239,6 @@ class CoAttention(CrossEncoder):
         if layer < self.layers - 1:
             return text, image
         return text if text is None else self.text_norm(text), image if image is None else self.image_norm(image)
-
-
-def check_norm(norm: str) -> None:
-    if norm not in ("post", "pre"):
-        raise ConfigError(f"cross.norm={norm}: allowed are post, pre")
 
 
 def final_norm(width: int, norm_eps: float, norm: str) -> nn.Module:

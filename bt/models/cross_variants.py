@@ -7,9 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from bt.models.cross_modal import CrossEncoder, CrossModalLayer, FeedForward, SelfAttention, check_norm, final_norm
+from bt.models.cross_modal import CrossEncoder, CrossModalLayer, FeedForward, SelfAttention, final_norm
 from bt.models.gather import Reading, gather
-from bt.models.heads import init_new
 
 
 class MergedLayer(nn.Module):
@@ -28,26 +27,14 @@ class MergedLayer(nn.Module):
 class MergedAttention(CrossEncoder):
     """One stack of layers on the text's tokens with the image's behind them (METER's "merged attention").
 
-    A layer has a self-attention and a feed-forward part, so it has three sevenths of the parameters of a pair of
+    A layer has a self-attention and a feed-forward part, so it has three eighths of the parameters of a pair of
     co-attention layers, which METER balanced with twice as many layers. Bridges act on each modality's part.
     """
 
-    def __init__(
-        self,
-        width: int = 768,
-        heads: int = 12,
-        layers: int = 6,
-        ffn_ratio: float = 4.0,
-        dropout: float = 0.1,
-        norm_eps: float = 1e-12,
-        init_std: float = 0.02,
-        norm: Literal["post", "pre"] = "post",
-    ):
-        super().__init__(width, heads, layers, ffn_ratio, dropout, norm_eps, init_std)
-        check_norm(norm)
-        self.stack = nn.ModuleList(MergedLayer(width, heads, ffn_ratio, dropout, norm_eps, norm) for _ in range(layers))
+    def build(self, width, heads, ffn_ratio, dropout, norm_eps, norm):
+        sizes = (width, heads, ffn_ratio, dropout, norm_eps, norm)
+        self.stack = nn.ModuleList(MergedLayer(*sizes) for _ in range(self.layers))
         self.norm = final_norm(width, norm_eps, norm)
-        init_new(self, init_std)
 
     def forward(self, layer, text, image, text_rows, image_rows, text_mask, pair_mask, read_text, read_image):
         text, image = gather(text, text_rows), gather(image, image_rows)
@@ -92,16 +79,15 @@ class AsymmetricAttention(CrossEncoder):
         norm: Literal["post", "pre"] = "post",
         reader: Literal["text", "image"] = "text",
     ):
-        super().__init__(width, heads, layers, ffn_ratio, dropout, norm_eps, init_std)
-        check_norm(norm)
+        super().__init__(width, heads, layers, ffn_ratio, dropout, norm_eps, init_std, norm)
         if reader not in ("text", "image"):
             raise ValueError(f"reader={reader}: allowed are text, image")
         self.reader = reader
-        self.stack = nn.ModuleList(
-            CrossModalLayer(width, heads, ffn_ratio, dropout, norm_eps, norm) for _ in range(layers)
-        )
+
+    def build(self, width, heads, ffn_ratio, dropout, norm_eps, norm):
+        sizes = (width, heads, ffn_ratio, dropout, norm_eps, norm)
+        self.stack = nn.ModuleList(CrossModalLayer(*sizes) for _ in range(self.layers))
         self.norm = final_norm(width, norm_eps, norm)
-        init_new(self, init_std)
 
     def forward(self, layer, text, image, text_rows, image_rows, text_mask, pair_mask, read_text, read_image):
         if self.reader == "text":

@@ -47,7 +47,7 @@ class TimmModel(VisionEncoder):
         if hasattr(model, "blocks"):
             blocks, stride = [[*model.blocks]], model.patch_embed.patch_size[0]
         else:
-            stages = getattr(model, "layers", None) or getattr(model, "stages", None)
+            stages = stages_of(model)
             if stages is None or not all(hasattr(stage, "blocks") for stage in stages):
                 raise ConfigError(f"encoder.vision.name={name} has no blocks in a row; ViTs, Swin and ConvNeXt have")
             blocks, stride = [[*stage.blocks] for stage in stages], model.feature_info[-1]["reduction"]
@@ -83,7 +83,7 @@ class TimmModel(VisionEncoder):
         model = self.visual
         x = model.patch_embed(images) if hasattr(model, "patch_embed") else model.stem(images)
         found, number = [], 0
-        for stage, module in enumerate(getattr(model, "layers", None) or model.stages):
+        for stage, module in enumerate(stages_of(model)):
             x = module.downsample(x)
             for block in module.blocks:
                 x = checkpoint(block, x, use_reentrant=False) if self.checkpointing and self.training else block(x)
@@ -127,6 +127,11 @@ class TimmModel(VisionEncoder):
         if self.patch_key in state:
             state[self.patch_key] = adapt_channels(state[self.patch_key], self.input_channels)
         return state
+
+
+def stages_of(model: nn.Module) -> nn.Module | None:
+    """The stages of a hierarchical model, by Swin's or ConvNeXt's name; None where it has neither."""
+    return getattr(model, "layers", None) or getattr(model, "stages", None)
 
 
 def with_mean(tokens: Tensor) -> Tensor:
