@@ -3,6 +3,7 @@
 import resource
 import signal
 import subprocess
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -62,21 +63,25 @@ def test_a_part_of_a_tensor_does_not_hold_the_whole():
     assert store.get(0).untyped_storage().nbytes() == 40
 
 
-@pytest.fixture
-def files_of_at_most_3000_bytes():
-    """Writing more gives an error, as on a disk that is full."""
+@contextmanager
+def files_of_at_most(size: int):
+    """Writing more is an error, as on a full disk. Not a fixture: pytest writes between a test and its teardown."""
     previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (3_000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    signal.signal(signal.SIGXFSZ, previous)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, previous)
 
 
-def test_what_finds_no_room_is_not_kept(tmp_path, files_of_at_most_3000_bytes):
+def test_what_finds_no_room_is_not_kept(tmp_path):
     """Two fit into the file; a smaller one that would still fit is not kept either, so that the kept ones are first."""
     store = TensorStore(0, tmp_path, torch.float32)
-    assert fill(store, [*tensors(2), torch.randn(500), torch.ones(3)]) == [True, True, False, False]
+    with files_of_at_most(3_000):
+        kept = fill(store, [*tensors(2), torch.randn(500), torch.ones(3)])
+    assert kept == [True, True, False, False]
     store.close()
 
 
