@@ -153,8 +153,9 @@ def train(trial: Trial, out: Path, seed: int, settings: list[str]) -> dict[str, 
 
 @dataclass(frozen=True)
 class Labelled:
-    """text, a thumbnail of the pictures (entries,), and the score of every answer."""
+    """An entry: number of its sample, text, thumbnail of the sample's pictures, and the score of every answer."""
 
+    sample: int
     text: str
     picture: np.ndarray
     scores: dict[Any, float]
@@ -167,32 +168,55 @@ def labelled(shards: ShardSet, field: str) -> Iterator[Labelled]:
         picture = np.concatenate([p.ravel() for p in pixels]).astype(np.float32) if pixels else np.zeros(1, np.float32)
         for entry in sample.info[field] if field else [sample.info]:
             text = " | ".join(str(entry[key]) for key in ("question", "text", "text_pair") if key in entry)
-            yield Labelled(text, picture, entry.get("answers") or {entry["label"]: 1.0})
+            yield Labelled(number, text, picture, entry.get("answers") or {entry["label"]: 1.0})
 
 
-def baselines(trial: Trial, data: Path) -> dict[str, float]:
-    """Scores of answers by majority, by the text alone (the best one for this very text in training) and by the nearest
-    training picture (the answer of the nearest one with the same text; without texts, of the nearest one)."""
+def baselines(trial: Trial, data: Path) -> tuple[dict[str, float], float | None]:
+    """Scores of answers by majority, by the text alone (the best one for this very text in training) and by the image
+    alone (the best one for the nearest training picture, whatever was asked). The second value looks at both: the
+    answer for the nearest training picture about which the same was asked; None for tasks of one modality."""
     if trial.chance is not None:
-        return {"chance": trial.chance}
+        return {"chance": trial.chance}, None
     if "stsb" in trial.experiment:  # a correlation: predictions that are all the same have none
-        return {"majority": 0.0}
+        return {"majority": 0.0}, None
     known = list(labelled(ShardSet(data, "train"), trial.texts))
     asked = list(labelled(ShardSet(data, trial.split), trial.texts))
-    by_text: dict[str, list[Labelled]] = defaultdict(list)
-    for entry in known:
-        by_text[entry.text].append(entry)
     overall = best(known)
-    found = {"majority": [entry.scores.get(overall, 0.0) for entry in asked]}
-    if trial.texts:
+    by_text, by_sample = grouped(known, "text"), grouped(known, "sample")
+    found = {"majority": [overall] * len(asked)}
+    pictured, both = len(known[0].picture) > 1, None
+    if trial.texts and pictured:
         answers = {text: best(entries) for text, entries in by_text.items()}
-        found["text only"] = [entry.scores.get(answers.get(entry.text, overall), 0.0) for entry in asked]
-    if len(known[0].picture) > 1:
-        pictures = {text: np.stack([entry.picture for entry in entries]) for text, entries in by_text.items()}
-        answers_of = [nearest(entry, by_text, pictures, overall) for entry in asked]
-        pairs = zip(asked, answers_of, strict=True)
-        found["nearest image"] = [entry.scores.get(answer, 0.0) for entry, answer in pairs]
-    return {name: statistics.fmean(values) for name, values in found.items()}
+        found["text only"] = [answers.get(entry.text, overall) for entry in asked]
+        # The other way round with the text as the key: the nearest of the pictures that come with it.
+        same = {text: Nearest([[entry] for entry in entries]) for text, entries in by_text.items()}
+        both = score(asked, [same[entry.text](entry) if entry.text in same else overall for entry in asked])
+    if pictured:
+        nearest = Nearest(list(by_sample.values()))
+        found["image only"] = [nearest(entry) for entry in asked]
+    return {name: score(asked, answers) for name, answers in found.items()}, both
+
+
+def score(asked: list[Labelled], answers: list[Any]) -> float:
+    return statistics.fmean(entry.scores.get(answer, 0.0) for entry, answer in zip(asked, answers, strict=True))
+
+
+def grouped(entries: list[Labelled], field: str) -> dict[Any, list[Labelled]]:
+    groups: dict[Any, list[Labelled]] = defaultdict(list)
+    for entry in entries:
+        groups[getattr(entry, field)].append(entry)
+    return groups
+
+
+class Nearest:
+    """The best answer of that group of entries (one picture each) whose picture is the nearest one."""
+
+    def __init__(self, groups: list[list[Labelled]]):
+        self.pictures = np.stack([group[0].picture for group in groups])
+        self.answers = [best(group) for group in groups]
+
+    def __call__(self, entry: Labelled) -> Any:
+        return self.answers[int(np.square(self.pictures - entry.picture).sum(axis=1).argmin())]
 
 
 def best(entries: list[Labelled]) -> Any:
@@ -203,13 +227,6 @@ def best(entries: list[Labelled]) -> Any:
     return total.most_common(1)[0][0]
 
 
-def nearest(entry: Labelled, by_text: dict[str, list[Labelled]], pictures: dict[str, np.ndarray], else_: Any) -> Any:
-    if entry.text not in by_text:
-        return else_
-    distance = np.square(pictures[entry.text] - entry.picture).sum(axis=1)
-    return best([by_text[entry.text][int(distance.argmin())]])
-
-
 def rows_of(results: dict[str, dict[str, Any]]) -> list[list[str]]:
     rows = []
     for name, result in results.items():
@@ -217,6 +234,7 @@ def rows_of(results: dict[str, dict[str, Any]]) -> list[list[str]]:
         spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
         against = ", ".join(f"{kind} {100 * value:.1f}" for kind, value in result["baselines"].items())
         margin = statistics.fmean(values) - 100 * max(result["baselines"].values())
+        both = "" if result["lookup"] is None else f"{100 * result['lookup']:.1f}"
         minutes = statistics.fmean(result["seconds"]) / 60
         rows.append(
             [
@@ -224,6 +242,7 @@ def rows_of(results: dict[str, dict[str, Any]]) -> list[list[str]]:
                 f"{statistics.fmean(values):.1f}{spread}",
                 against,
                 f"{margin:+.1f}",
+                both,
                 f"{minutes:.1f}",
                 str(len(values)),
             ]
@@ -231,7 +250,7 @@ def rows_of(results: dict[str, dict[str, Any]]) -> list[list[str]]:
     return rows
 
 
-HEADER = ["task", "this model", "baselines", "margin", "minutes", "seeds"]
+HEADER = ["task", "this model", "baselines", "margin", "lookup by both", "minutes", "seeds"]
 
 
 def write(out: Path, results: dict[str, dict[str, Any]]) -> None:
@@ -269,11 +288,13 @@ def main(given: list[str] | None = None) -> None:
         if arguments.only and trial.experiment not in arguments.only:
             continue
         reports = [train(trial, out, seed, arguments.settings) for seed in arguments.seeds]
+        alone, lookup = baselines(trial, out / "shards" / trial.source)
         results[trial.name] = {
             "experiment": trial.experiment,
             "values": [report["metrics"][trial.metric] for report in reports],
             "seconds": [report["seconds"] for report in reports],
-            "baselines": baselines(trial, out / "shards" / trial.source),
+            "baselines": alone,
+            "lookup": lookup,
         }
         write(out, results)
     total = sum(sum(result["seconds"]) for result in results.values())
