@@ -61,8 +61,8 @@ def make_photos(folder: Path, count: int = IMAGES) -> None:
             rows.writerow([name, "a"])
 
 
-def from_shards(folder: Path, size: int, route: str, transform: str) -> Callable[[], Tensor]:
-    """bt: all images of an epoch in batches, normalised as the vision encoder does it."""
+def from_shards(folder: Path, size: int, route: str, transform: str, normalised: bool = True) -> Callable[[], Tensor]:
+    """bt: all images of an epoch in batches: uint8 as workers make them, or normalised as the encoder does it."""
     shards = ShardSet(str(folder / "shards"), "train")
     plan = TrainPlan(PairIndex(shards.counts(None)), shards.starts, seed=0, global_batch=BATCH)
     maker = BatchMaker(
@@ -77,7 +77,9 @@ def from_shards(folder: Path, size: int, route: str, transform: str) -> Callable
 
     def load() -> Tensor:
         for step in range(IMAGES // BATCH):
-            images = normalize_pixels(maker(plan.cut(step)).images, 255 * mean, 1 / (255 * std))
+            images = maker(plan.cut(step)).images
+            if normalised:
+                images = normalize_pixels(images, 255 * mean, 1 / (255 * std))
         return images
 
     return load
@@ -179,13 +181,17 @@ def resizing_error(folder: Path, size: int, route: str) -> float:
 
 
 def loading(
-    size: int, route: str, peer: Callable[[Path, int], Callable[[], Tensor]], transform: str = "blip_randaug"
+    size: int,
+    route: str,
+    peer: Callable[[Path, int], Callable[[], Tensor]],
+    transform: str = "blip_randaug",
+    normalised: bool = True,
 ) -> Case:
     holder = TemporaryDirectory(prefix="bt-bench-")
     folder = Path(holder.name)
     make_photos(folder)
     convert(ImageFolderCSV(str(folder)), folder / "shards")
-    ours, theirs = from_shards(folder, size, route, transform), peer(folder, size)
+    ours, theirs = from_shards(folder, size, route, transform, normalised), peer(folder, size)
     return Case(
         count=IMAGES,
         ours=ours,
@@ -239,13 +245,16 @@ DATA_CASES = (
         )
     }
     | {
-        f"data_{size}_{name}_alone": (
-            f"the same at {size} px without augmentation, data.resize={route}, against decoding and resizing alone "
+        f"data_{size}_{name}_{end}": (
+            f"{what}, {size} px without augmentation, data.resize={route}, against decoding and resizing alone "
             "(1.00: all else takes no time)",
-            lambda _, size=size, route=route: loading(size, route, decoding_alone(route), "blip"),
+            lambda _, size=size, route=route, end=end: loading(
+                size, route, decoding_alone(route), "blip", normalised=end == "alone"
+            ),
         )
         for size in (576, 288)
         for name, route in (("fast", "fast"), ("exact", "pil"))
+        for end, what in (("loader", "shards to uint8 batches, as workers make them"), ("alone", "normalised too"))
     }
     | {
         f"convert_{check}": (
