@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 import os
 import re
 import struct
@@ -26,6 +27,8 @@ from bt.data import index as index_file
 from bt.data.index import Index, ShardInfo, table_name
 from bt.data.store import Store
 from bt.errors import DataError
+
+log = logging.getLogger("bt")
 
 _BLOCK = 512
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -205,7 +208,8 @@ class ShardSet:
     data set are checked when they are first read. What is held is 16 bytes a sample and 4 for each text field; a fork
     shares them.
 
-    A data set need not have all of the named splits; with `each`, it must have one of them.
+    A data set need not have all of the named splits; with `each`, it must have one of them. One that none has is named
+    in a warning.
 
     starts: (shards + 1,) int64, the first sample of each shard. parts: (data sets + 1,) int64, the first sample of
     each data set, in the order of `places`. labels: label maps by name.
@@ -225,6 +229,7 @@ class ShardSet:
         self._shards: list[tuple[Store, ShardInfo]] = []
         tables: list[np.ndarray] = []
         found: list[str] = []
+        missing = dict.fromkeys(self.splits)
         shards_before = [0]
         for place in [places] if isinstance(places, str | Path) else places:
             store = Store(place, cache_dir)
@@ -233,12 +238,15 @@ class ShardSet:
             found.append(f"{store.place} has {', '.join(filled) or 'no split'}")
             if each and not any(data_set.splits.get(name) for name in self.splits):
                 raise DataError(f"no split '{' or '.join(self.splits)}': {found[-1]}")
+            missing = {name: None for name in missing if not data_set.splits.get(name)}
             tables += self._open(store, data_set)
             shards_before.append(len(self._shards))
         if not self._shards:
             raise DataError(
                 f"no split '{' or '.join(self.splits)}': {'; '.join(found) or 'data.dir names no data set'}"
             )
+        if missing:
+            log.warning(f"read without the splits that no data set has ({', '.join(missing)}): {'; '.join(found)}")
         self.starts = np.cumsum([0] + [shard.samples for _, shard in self._shards])
         self.parts = self.starts[shards_before]
         self._spans = np.concatenate([table[["offset", "size", "crc32"]] for table in tables]).astype(_SPAN)

@@ -78,6 +78,13 @@ def test_several_splits_count_as_one(data_dir):
     assert both.key(3600) == val.key(0) and both.read(3999).info == val.read(399).info
 
 
+def test_a_split_that_no_data_set_has_is_named(few_dir, data_dir, caplog):
+    shards = ShardSet([str(few_dir), str(data_dir)], ["train", "vla", "test"])
+    assert shards.parts[-1] == len(shards) and "no data set has (vla)" in caplog.text
+    caplog.clear()
+    assert len(ShardSet(str(data_dir), ["train", "val"])) == 4000 and caplog.text == ""
+
+
 def test_data_sets_without_the_split(few_dir, small_raw, tmp_path):
     convert(EasyVQA(str(small_raw), ["test"]), tmp_path / "test_only")
     places = [str(tmp_path / "test_only"), str(few_dir)]
