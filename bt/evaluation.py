@@ -40,7 +40,7 @@ def evaluate_run(cfg: Config) -> float | None:
 
     Returns the task's objective metric, as measured on that split.
     """
-    world = distributed.join(cfg.trainer.device)
+    world = distributed.join(cfg.trainer.device, cfg.trainer.timeout_minutes)
     try:
         split, source, overrides = cfg.split, cfg.init_from or cfg.run_dir, changes()
         if not source:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
@@ -18,16 +19,18 @@ import torch
 from bt.assemble import Data, build_model, find_tokenizer, open_shards
 from bt.config import Config, one_line, prepare_run_dir, resolve_run_dir, resolve_sweep_dir
 from bt.data.dataset import Loader
-from bt.engine import checkpoint, distributed, heartbeat, report
+from bt.engine import checkpoint, distributed, heartbeat, report, watch
 from bt.engine.distributed import World
 from bt.engine.evaluate import Measured, evaluate
 from bt.engine.initial import load_weights
-from bt.engine.loop import NonFiniteLoss, StepReport, Stopped, Trainer, fit
+from bt.engine.loop import NonFiniteLoss, StepReport, Stopped, Trainer, explained, fit
 from bt.engine.optimizer import build_optimizer, make_schedule
+from bt.engine.parallel import make_parallel
 from bt.engine.progress import Progress, table
+from bt.engine.saver import Saver
 from bt.engine.system import SystemMetrics
 from bt.engine.tracking import Journal, Mirror
-from bt.errors import ConfigError, DataError, UserError
+from bt.errors import CheckpointError, ConfigError, DataError, UserError
 from bt.tasks.base import Measuring
 
 log = logging.getLogger("bt")
@@ -72,15 +75,19 @@ class Training:
             labels, ignore = self.train_set.labels, cfg.checkpoint.ignore_heads
             self.say(str(load_weights(cfg.init_from, self.model, ignore_heads=ignore, labels=labels)))
         self.model.to(self.world.device)
+        parallel = make_parallel(self.model, self.world, cfg.trainer.parallel)
         optimizer = build_optimizer(self.model, cfg.optimizer)
         schedule = make_schedule(cfg.optimizer, self.total_steps)
         state = checkpoint.resume(self.last, self.model, optimizer) if self.last else {}
+        steps = distributed.gather_objects(state.get("step"))
+        if len(set(steps)) > 1:
+            raise CheckpointError(f"{self.run_dir}: ranks see different checkpoints there, of the steps {steps}")
+        self.saver = Saver(self.run_dir, self.world, keep=cfg.checkpoint.keep, background=cfg.checkpoint.background)
         self.batches = self.data.train(self.train_set, self.plan, state.get("step", 0), self.total_steps)
         self.trainer = Trainer(
-            self.model,
+            parallel,
             optimizer,
             schedule,
-            self.world,
             seed=cfg.seed,
             precision=cfg.trainer.precision,
             grad_clip=cfg.trainer.grad_clip,
@@ -142,9 +149,12 @@ class Training:
                     after_step=self.after_step,
                 )
             self.progress.close()
+            self.saver.wait()
             metrics = self.final_metrics()
         except BaseException as error:
             self.progress.close()
+            with contextlib.suppress(CheckpointError):
+                self.saver.wait()
             if mirror:
                 mirror.finish("KILLED" if isinstance(error, Stopped | KeyboardInterrupt) else "FAILED")
             if isinstance(error, NonFiniteLoss):
@@ -204,6 +214,7 @@ class Training:
         ):
             self.save()
         if stop and not last:
+            self.saver.wait()
             raise Stopped(f"stopped by a signal after step {step}; the same command goes on from there")
         if self.out_of_patience():
             self.say(f"no better evaluation in {self.stale} in a row (eval.patience): training ends at step {step}")
@@ -224,6 +235,7 @@ class Training:
         """Evaluates on the validation split; True if it is the best so far."""
         cfg = self.cfg
         self.trainer.check_finite()
+        watch.mark(step, "evaluating")
         metrics = self.measure(self.validation, "val", f"step {step}").metrics
         if cfg.task.metric not in metrics:
             found = f"there are {', '.join(metrics)}" if metrics else "the split has no labels"
@@ -243,26 +255,25 @@ class Training:
 
     def save(self, best: bool = False) -> None:
         self.trainer.check_finite()
-        if self.world.main:
-            state = {
-                "config": self.cfg.recorded,
-                "scaler": self.trainer.scaler.state_dict(),
-                "best": self.best,
-                "stale": self.stale,
-                "seconds": self.elapsed(),
-                "images_seen": self.images_seen,
-                "left_out": self.left_out,
-                "labels": self.train_set.labels,
-            }
-            checkpoint.save(
-                self.run_dir,
-                step=self.trainer.step,
-                model=self.model,
-                optimizer=self.trainer.optimizer,
-                state=state,
-                best=best,
-                tokenizer=self.run_dir / "tokenizer.json",
-            )
+        state = {
+            "config": self.cfg.recorded,
+            "scaler": self.trainer.scaler.state_dict(),
+            "best": self.best,
+            "stale": self.stale,
+            "seconds": self.elapsed(),
+            "images_seen": self.images_seen,
+            "left_out": {split: dict(bad) for split, bad in self.left_out.items()},
+            "labels": self.train_set.labels,
+        }
+        watch.mark(self.trainer.step, "saving")
+        self.saver.save(
+            step=self.trainer.step,
+            model=self.model,
+            optimizer=self.trainer.optimizer,
+            state=state,
+            best=best,
+            tokenizer=self.run_dir / "tokenizer.json",
+        )
         self.saved_at = time.perf_counter()
 
     def last_checkpoint(self) -> str:
@@ -274,8 +285,7 @@ class Training:
             self.say("no evaluation was asked for: the last weights are the result")
         else:
             distributed.barrier()
-            weights = checkpoint.read_tensors(checkpoint.best_checkpoint(self.run_dir) / "model.safetensors")
-            self.model.load_state_dict(weights)
+            checkpoint.load_model(checkpoint.best_checkpoint(self.run_dir) / "model.safetensors", self.model)
         metrics = dict(self.best["metrics"]) if self.best else {}
         if self.test is not None:
             weights = f"step {self.best['step'] if self.best else self.trainer.step}"
@@ -357,7 +367,8 @@ def set_numerics(cfg: Config) -> None:
 
 def train(cfg: Config) -> float | None:
     """Runs the experiment, or says that it is finished; returns the objective metric of its best checkpoint."""
-    world = distributed.join(cfg.trainer.device)
+    world = distributed.join(cfg.trainer.device, cfg.trainer.timeout_minutes)
+    failed = True
     try:
         run_dir = resolve_run_dir(cfg)
         finished = run_dir / "report.json"
@@ -368,19 +379,23 @@ def train(cfg: Config) -> float | None:
             if world.main:
                 log.info(f"already finished: {finished}")
             return metrics.get(cfg.task.metric)
-        return run_to_its_end(cfg, world, run_dir)
+        metric = run_to_its_end(cfg, world, run_dir)
+        failed = False
+        return metric
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
         raise UserError(f"no space left on the disk of {error.filename or run_dir}") from error
     finally:
-        distributed.leave()
+        distributed.leave(failed)
 
 
 def run_to_its_end(cfg: Config, world: World, run_dir: Path) -> float | None:
     """Trains, and leaves in the run's heartbeat how it ended."""
+    watch.before_exit(lambda reason: heartbeat.write_end(run_dir, "failed", reason))
     try:
-        value = Training(cfg, world).run()
+        with explained():
+            value = Training(cfg, world).run()
     except BaseException as error:
         stopped = isinstance(error, Stopped | KeyboardInterrupt)
         heartbeat.write_end(run_dir, "stopped" if stopped else "failed", one_line(error))

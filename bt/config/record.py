@@ -29,9 +29,13 @@ MAY_CHANGE = (
     "data.cache_dir",
     "trainer.threads",
     "trainer.device",
+    "trainer.parallel",
+    "trainer.timeout_minutes",
     "trainer.log_every",
     "checkpoint.every_steps",
     "checkpoint.every_minutes",
+    "checkpoint.keep",
+    "checkpoint.background",
     "tracking.",
     # Only what is measured after the last step: with false, a run whose test split turns out to be missing can still
     # end with what it has. So runs that differ in this alone share a default directory.

@@ -97,6 +97,8 @@ class TrainerConfig:
     precision: str = option("fp32", choices=["fp32", "bf16", "fp16"])
     grad_clip: float | None = option(None, above=0)
     gradient_checkpointing: bool = False
+    parallel: str = option("ddp", choices=["ddp", "fsdp"])
+    timeout_minutes: float = option(30.0, above=0)
     matmul_precision: str = option("highest", choices=["highest", "high", "medium"])
     device: str = option("auto", choices=["auto", "cpu", "cuda"])
     threads: int | None = option(None, low=1)
@@ -108,6 +110,8 @@ class TrainerConfig:
 class CheckpointConfig:
     every_steps: int | None = option(None, low=1)
     every_minutes: float | None = option(15.0, above=0)
+    keep: int = option(1, low=1)
+    background: bool = True
     ignore_heads: bool = False
 
 

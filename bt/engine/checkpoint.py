@@ -8,19 +8,21 @@ of other programs are opened by torch's weights-only reader.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bt.engine.optimizer import AdamW
+from bt.engine.parallel import like, local, whole
 from bt.errors import CheckpointError
 
 DIRECTORY = "checkpoints"
@@ -31,16 +33,17 @@ def save(
     run_dir: Path,
     *,
     step: int,
-    model: nn.Module,
-    optimizer: AdamW,
+    tensors: Mapping[str, Mapping[str, Tensor]],
     state: Mapping[str, Any],
     best: bool = False,
     tokenizer: Path | None = None,
+    keep: int = 1,
 ) -> Path:
-    """Writes the checkpoint of `step` and points `last` (and `best`) at it; then older ones are removed.
+    """Writes the checkpoint of `step` and points `last` (and `best`) at it; then all but the last `keep` are removed.
 
-    state: whatever else must be known to go on, as JSON values (best metric, tracking run, loss scaler, config).
-    tokenizer: a tokenizer.json that the weights cannot be used without. Only one rank may call this.
+    tensors: by file ("model", "optimizer") and name, as `contents` gives them; may be empty where this step is `last`
+    or `best` already. state: whatever else must be known to go on, as JSON values (best metric, tracking run, loss
+    scaler, config). tokenizer: a tokenizer.json that the weights cannot be used without. Only one rank may call this.
     Returns the checkpoint's directory. Raises CheckpointError where it cannot be written (a full disk): the previous
     checkpoint is untouched then.
     """
@@ -56,9 +59,10 @@ def save(
         else:
             shutil.rmtree(temporary, ignore_errors=True)
             shutil.rmtree(final, ignore_errors=True)
+            _check_space(root, tensors)
             temporary.mkdir()
-            _save_tensors(model.state_dict(), temporary / "model.safetensors")
-            _save_tensors(optimizer_tensors(optimizer), temporary / "optimizer.safetensors")
+            for name, named in tensors.items():
+                _save_tensors(named, temporary / f"{name}.safetensors")
             _write_text(temporary / "state.json", content)
             if tokenizer is not None:
                 shutil.copyfile(tokenizer, temporary / "tokenizer.json")
@@ -75,8 +79,17 @@ def save(
         kept = _target(root, "last")
         before = f"{kept} is kept" if kept else "there was none before"
         raise CheckpointError(f"checkpoint of step {step} cannot be saved in {root}: {reason} ({before})") from error
-    _prune(root)
+    _prune(root, keep)
     return final
+
+
+def contents(model: nn.Module, optimizer: AdamW) -> dict[str, Iterator[tuple[str, Tensor]]]:
+    """What a checkpoint holds of both, by file: (name, whole tensor) in turn, where they are in memory.
+
+    Every rank must go through all of them, in this order: sharded tensors are gathered one by one, on all ranks.
+    """
+    parts = {"model": model.state_dict(), "optimizer": optimizer_tensors(optimizer)}
+    return {file: ((name, whole(tensor.detach())) for name, tensor in named.items()) for file, named in parts.items()}
 
 
 def last_checkpoint(run_dir: Path) -> Path | None:
@@ -98,14 +111,25 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def resume(checkpoint: Path, model: nn.Module, optimizer: AdamW) -> dict[str, Any]:
-    """Loads weights and optimizer exactly as they were saved, and returns what `save` got as `state`, with `step`."""
+    """Loads weights and optimizer exactly as they were saved, and returns what `save` got as `state`, with `step`.
+
+    Model and optimizer may be sharded, whatever they were when the checkpoint was written, and on however many ranks.
+    """
     checkpoint = Path(checkpoint)
     state = read_state(checkpoint)
-    weights = read_tensors(checkpoint / "model.safetensors")
-    _refuse_differences(checkpoint, weights, model.state_dict())
-    model.load_state_dict(weights)
-    load_optimizer(optimizer, read_tensors(checkpoint / "optimizer.safetensors"))
+    load_model(checkpoint / "model.safetensors", model)
+    load_optimizer(optimizer, checkpoint / "optimizer.safetensors")
     return state
+
+
+def load_model(path: Path, model: nn.Module) -> None:
+    """Loads the weights of a run of the same architecture, tensor by tensor, into a model that may be sharded."""
+    own = model.state_dict()
+    with opened(path) as file:
+        found = {key: tuple(file.get_slice(key).get_shape()) for key in file.offset_keys()}
+        _refuse_differences(path, found, shapes(own))
+        for key, tensor in own.items():
+            local(tensor).copy_(local(like(file.get_tensor(key), tensor)))
 
 
 def optimizer_tensors(optimizer: AdamW) -> dict[str, Tensor]:
@@ -121,56 +145,75 @@ def optimizer_tensors(optimizer: AdamW) -> dict[str, Tensor]:
     }
 
 
-def load_optimizer(optimizer: AdamW, tensors: Mapping[str, Tensor]) -> None:
-    """The inverse of `optimizer_tensors`; rates and decay stay as the configuration says."""
-    tensors = dict(tensors)
-    steps = int(tensors.pop("steps"))
+def load_optimizer(optimizer: AdamW, path: Path) -> None:
+    """The inverse of `optimizer_tensors`, from a file; rates and decay stay as the configuration says."""
     packed = optimizer.state_dict()
-    for group in packed["param_groups"]:
-        group["steps"] = steps
     index = {
-        name: number
-        for group in packed["param_groups"]
-        for name, number in zip(group["param_names"], group["params"], strict=True)
+        name: (number, parameter)
+        for group, own in zip(packed["param_groups"], optimizer.param_groups, strict=True)
+        for name, number, parameter in zip(group["param_names"], group["params"], own["params"], strict=True)
     }
     states: dict[int, dict[str, Tensor]] = {}
-    for entry, tensor in tensors.items():
-        name, key = entry.rsplit("|", 1)
-        if name not in index:
-            raise CheckpointError(f"optimizer state of {name}, which this model does not train")
-        states.setdefault(index[name], {})[key] = tensor
+    with opened(path) as file:
+        steps = int(file.get_tensor("steps"))
+        for entry in file.offset_keys():
+            if entry == "steps":
+                continue
+            name, key = entry.rsplit("|", 1)
+            if name not in index:
+                raise CheckpointError(f"optimizer state of {name}, which this model does not train")
+            number, parameter = index[name]
+            tensor = file.get_tensor(entry)
+            states.setdefault(number, {})[key] = like(tensor, parameter) if tensor.dim() == parameter.dim() else tensor
+    for group in packed["param_groups"]:
+        group["steps"] = steps
     optimizer.load_state_dict({"state": states, "param_groups": packed["param_groups"]})
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a *.safetensors file, on the CPU."""
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A *.safetensors file, of which tensors are read one at a time, on the CPU."""
     try:
-        return load_file(path)
+        with safe_open(path, "pt") as file:
+            yield file
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing") from error
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
-def differences(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a *.safetensors file, on the CPU."""
+    with opened(path) as file:
+        return {key: file.get_tensor(key) for key in file.offset_keys()}
+
+
+def shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+
+
+def differences(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> list[str]:
     """ "key: has (3, 4), needs (5, 4)" for every key whose shapes are not the same in both."""
-
-    def shape(tensors: Mapping[str, Tensor], key: str) -> str:
-        return str(tuple(tensors[key].shape)) if key in tensors else "nothing"
-
     return [
-        f"{key}: has {shape(found, key)}, needs {shape(wanted, key)}"
+        f"{key}: has {found.get(key, 'nothing')}, needs {wanted.get(key, 'nothing')}"
         for key in dict.fromkeys([*wanted, *found])
-        if shape(found, key) != shape(wanted, key)
+        if found.get(key) != wanted.get(key)
     ]
 
 
-def _refuse_differences(where: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], prefix: str = ""):
+def _refuse_differences(where: Path, found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]):
     lines = differences(found, wanted)
     if lines:
-        shown = "; ".join(prefix + line for line in lines[:4])
         more = f" and {len(lines) - 4} more" if len(lines) > 4 else ""
-        raise CheckpointError(f"{where} holds another architecture: {shown}{more}")
+        raise CheckpointError(f"{where} holds another architecture: {'; '.join(lines[:4])}{more}")
+
+
+def _check_space(root: Path, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Raises OSError where the disk has no room for them, before anything is written."""
+    needed = sum(tensor.nbytes for named in tensors.values() for tensor in named.values())
+    free = shutil.disk_usage(root).free
+    if needed > free:
+        raise OSError(errno.ENOSPC, f"{needed / 1e9:.3g} GB are needed and {free / 1e9:.3g} GB free")
 
 
 def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -218,8 +261,10 @@ def _point(root: Path, link: str, name: str) -> None:
     _sync(root)
 
 
-def _prune(root: Path) -> None:
-    kept = {_target(root, "last"), _target(root, "best")}
+def _prune(root: Path, keep: int) -> None:
+    last, best = _target(root, "last"), _target(root, "best")
+    steps = sorted(path for path in root.glob("step-*") if path <= last)
+    kept = {*steps[-keep:], best}
     for path in root.iterdir():
         if (path.name.startswith("step-") and path not in kept) or path.name.startswith(_TEMPORARY):
             with contextlib.suppress(OSError):

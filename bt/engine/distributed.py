@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import datetime
 import os
+import time
+import uuid
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bt.errors import ConfigError
-
-COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
+from bt.engine import watch
+from bt.errors import ConfigError, UserError
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,10 @@ class World:
         return self.rank == 0
 
 
-def join(device: str = "auto") -> World:
+def join(device: str = "auto", timeout_minutes: float = 30.0) -> World:
     """Joins the process group that torchrun's variables describe, or stands alone without them.
 
-    NCCL on GPUs, gloo on CPUs. device: auto takes a GPU where there is one.
+    NCCL on GPUs, gloo on CPUs. device: auto takes a GPU where there is one. timeout_minutes: see bt.engine.watch.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -47,13 +48,48 @@ def join(device: str = "auto") -> World:
     if size > 1 and not dist.is_initialized():
         # gloo beside NCCL, so that small host-side numbers are summed without waiting for the GPU.
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+        # The collectives' own time-out, which can say less, comes after the watch's.
+        timeout = datetime.timedelta(minutes=timeout_minutes + 1)
+        store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+        store = dist.PrefixStore(meet(store, rank, size, timeout.total_seconds()), store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        watch.start(store, rank, size, 60 * timeout_minutes)
     return World(rank, size, where)
 
 
-def leave() -> None:
+def meet(store: dist.Store, rank: int, size: int, seconds: float) -> str:
+    """A name that all ranks of this start have, and none of another.
+
+    torchrun starts ranks again on the store that they had, and torch 2.15 then takes addresses for theirs that are of
+    processes that are gone. So every rank says a word of its own, and goes by rank 0's answer to that very word.
+    """
+    word = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"bt/{rank}", word)
+        name = store.get(f"bt/to/{word}").decode()
+        store.add(f"bt/met/{name}", 1)
+        return name
+    answered: dict[str, str] = {}
+    deadline = time.monotonic() + seconds
+    while store.add(f"bt/met/{word}", 0) < size - 1:
+        for key in [f"bt/{other}" for other in range(1, size)]:
+            if store.check([key]) and (said := store.get(key).decode()) != answered.get(key):
+                store.set(f"bt/to/{said}", word)
+                answered[key] = said
+        if time.monotonic() > deadline:
+            missing = [str(other) for other in range(1, size) if f"bt/{other}" not in answered]
+            raise UserError(f"no sign of rank {', '.join(missing[:8]) or '?'} of {size} in {seconds / 60:g} minutes")
+        time.sleep(0.02)
+    return word
+
+
+def leave(failed: bool = False) -> None:
+    """failed: others may be gone, so that leaving can take for ever; the watch then ends this process."""
+    if not failed:
+        watch.stop()
     if dist.is_initialized():
         dist.destroy_process_group()
+    watch.stop()
 
 
 def world_size() -> int:

@@ -14,6 +14,7 @@ from torch import nn
 from bt.data.batch import Batch
 from bt.engine.distributed import World, gather_objects
 from bt.engine.metrics import Means
+from bt.engine.parallel import gathered
 from bt.engine.precision import autocast
 from bt.tasks.base import Measuring
 
@@ -39,11 +40,12 @@ def evaluate(
     """
     model.eval()
     measured = Measured()
-    if model.batch_metrics:
-        measured = _over_batches(model, batches, world, how, predictions)
-    for name, evaluator in model.evaluators.items():
-        found = evaluator(model, batches, world, how)
-        measured.metrics |= {f"{name}/{how.split}/{metric}": value for metric, value in found.items()}
+    with gathered(model):
+        if model.batch_metrics:
+            measured = _over_batches(model, batches, world, how, predictions)
+        for name, evaluator in model.evaluators.items():
+            found = evaluator(model, batches, world, how)
+            measured.metrics |= {f"{name}/{how.split}/{metric}": value for metric, value in found.items()}
     return measured
 
 

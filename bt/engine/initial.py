@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bt.engine.checkpoint import best_checkpoint, differences, last_checkpoint, read_state, read_tensors
+from bt.engine.checkpoint import best_checkpoint, differences, last_checkpoint, read_state, read_tensors, shapes
 from bt.errors import CheckpointError
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
@@ -126,7 +126,7 @@ def load_weights(
             f"but here is {foreign[0] if foreign else 'no tower'}"
         )
     tower = model.tower.adapt_state(tower)
-    lines = differences(tower, model.tower.state_dict())
+    lines = differences(shapes(tower), shapes(model.tower.state_dict()))
     if lines:
         more = f" and {len(lines) - 4} more" if len(lines) > 4 else ""
         raise CheckpointError(
@@ -135,7 +135,7 @@ def load_weights(
     report = Loaded(source, unused=[name for name in heads if name not in model.objectives])
     fitting: dict[str, Tensor] = {}
     for name, objective in model.objectives.items():
-        lines = differences(heads[name], objective.state_dict()) if name in heads else []
+        lines = differences(shapes(heads[name]), shapes(objective.state_dict())) if name in heads else []
         misfit = f"objectives.{name}.{lines[0]}" if lines else None
         # The labels say more than the number of rows that follows from them.
         if name in heads and (other := label_difference(source, objective, labels or {})):

@@ -11,17 +11,32 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from bt.data.batch import Batch
-from bt.engine.distributed import World, all_sum, gather_objects
+from bt.engine import watch
+from bt.engine.distributed import all_sum, gather_objects
+from bt.engine.parallel import Parallel, local
 from bt.engine.precision import autocast
 from bt.errors import UserError
 
 
 class NonFiniteLoss(UserError):
     """A loss became NaN or infinite."""
+
+
+class OutOfMemory(UserError):
+    """The device's memory, or the main memory, is not enough."""
+
+    @staticmethod
+    def of(error: Exception) -> OutOfMemory | None:
+        """None where `error` is another one. torch raises a plain RuntimeError for the main memory."""
+        text = str(error)
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in text:
+            what = text.splitlines()[0] if text else "main memory"
+            less = "a smaller trainer.micro_batch, trainer.gradient_checkpointing=true, trainer.parallel=fsdp"
+            return OutOfMemory(f"out of memory ({what}); less is needed with {less}")
+        return None
 
 
 class Stopped(UserError):
@@ -44,50 +59,40 @@ class StepReport:
     skipped: dict[str, int] = field(default_factory=dict)
 
 
-def wrap(model: nn.Module, world: World) -> nn.Module:
-    """The module whose forward synchronises gradients over ranks.
-
-    find_unused_parameters: which parameters a loss reaches depends on the objectives (MLM alone leaves the poolers
-    out), and a parameter without gradient must stay without one, neither moved nor decayed.
-    """
-    if world.size == 1:
-        return model
-    ids = [world.device.index] if world.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=ids, find_unused_parameters=True)
-
-
 class Trainer:
     """The state of a training run: model, optimizer, schedule and position.
 
-    model: bt.tasks.base.TaskModel. schedule: step -> factor on every group's peak learning rate.
+    parallel: the model (bt.tasks.base.TaskModel) and how ranks share it; the optimizer holds its parameters.
+    schedule: step -> factor on every group's peak learning rate.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        parallel: Parallel,
         optimizer: torch.optim.Optimizer,
         schedule: Callable[[int], float],
-        world: World,
         *,
         seed: int,
         precision: str = "fp32",
         grad_clip: float | None = None,
     ):
-        self.model, self.optimizer, self.schedule, self.world = model, optimizer, schedule, world
-        self.wrapped = wrap(model, world)
+        self.parallel, self.optimizer, self.schedule = parallel, optimizer, schedule
+        self.model, self.world = parallel.model, parallel.world
         self.seed, self.precision, self.grad_clip = seed, precision, grad_clip
-        self.scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
-        self.names = list(model.objectives)
-        self.weights = [model.objectives[name].weight for name in self.names]
+        self.scaler = parallel.scaler(enabled=precision == "fp16")
+        self.names = list(self.model.objectives)
+        self.weights = [self.model.objectives[name].weight for name in self.names]
         self.step = 0
         self._unchecked: Tensor | None = None
         self._keys: list[str] = []  # images of the last step
+        self._bad: str | None = None  # what was not finite on this rank
 
     def train_step(self, micro_batches: list[Batch], stop: bool = False) -> tuple[Tensor, bool]:
         """One optimizer step over this rank's micro-batches.
 
         Returns the losses, (objectives,) float64 on the device: this rank's share of each objective's mean over the
-        global batch (their sum over ranks is the loss); and whether any rank asked to stop.
+        global batch (their sum over ranks is the loss); and whether any rank asked to stop. Raises NonFiniteLoss on
+        all ranks if the loss before the last one was not finite on any of them.
         """
         factor = self.schedule(self.step)
         for group in self.optimizer.param_groups:
@@ -95,49 +100,71 @@ class Trainer:
         # Dropout is drawn from (seed, step, rank), so that resuming needs no saved generator.
         torch.manual_seed(int(np.random.SeedSequence([self.seed, self.step, self.world.rank]).generate_state(1)[0]))
         counts = sum(self.model.counts(batch) for batch in micro_batches)
-        # On the host, in one collective: how many terms each mean has, and whether to stop.
-        agreed = all_sum(torch.cat([counts, torch.tensor([float(stop)], dtype=counts.dtype)]))
-        counts = agreed[:-1].clamp(min=1.0)
-        scale = [weight / count for weight, count in zip(self.weights, counts.tolist(), strict=True)]
-        losses = torch.zeros(len(self.names), dtype=torch.float64, device=self.world.device)
-        for i, batch in enumerate(micro_batches):
-            last = i == len(micro_batches) - 1
-            with contextlib.nullcontext() if last or self.world.size == 1 else self.wrapped.no_sync():
-                with autocast(self.world.device, self.precision):
-                    results = self.wrapped(batch.to(self.world.device))
-                total = sum(results[name].loss * share for name, share in zip(self.names, scale, strict=True))
-                # The wrapper averages gradients over ranks; the mean over the global batch wants their sum.
-                self.scaler.scale(total * self.world.size).backward()
-            losses += torch.stack([results[name].loss.detach().double() for name in self.names])
+        # On the host, in one collective: how many terms each mean has, whether to stop, and whether all is well.
+        flags = torch.tensor([float(stop), float(self._bad is not None)], dtype=counts.dtype)
+        agreed = all_sum(torch.cat([counts, flags]))
+        counts, (stopping, bad) = agreed[:-2].clamp(min=1.0), agreed[-2:].tolist()
+        if bad:
+            self._raise_bad()
+        losses = self._backward(micro_batches, counts.tolist())
         if self.grad_clip is not None:
             self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
+            self.parallel.clip_gradients(self.grad_clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         losses /= counts.to(losses.device)
         # Looking at a loss one step late keeps the host ahead of a GPU.
-        self.check_loss(self.step - 1)
+        self._look(self.step - 1)
         self._unchecked, self._keys = losses, [key for batch in micro_batches for key in batch.keys]
-        return losses, bool(agreed[-1])
+        return losses, bool(stopping)
 
-    def check_loss(self, step: int | None = None) -> None:
-        """Raises NonFiniteLoss if the loss of the last step, number `step`, is NaN or infinite; waits for it."""
+    def _backward(self, micro_batches: list[Batch], counts: list[float]) -> Tensor:
+        """The gradients of the means over the global batch; returns this rank's sums, (objectives,) float64."""
+        scale = [weight / count for weight, count in zip(self.weights, counts, strict=True)]
+        losses = torch.zeros(len(self.names), dtype=torch.float64, device=self.world.device)
+        for i, batch in enumerate(micro_batches):
+            with self.parallel.accumulating(last=i == len(micro_batches) - 1):
+                with autocast(self.world.device, self.precision):
+                    results = self.parallel.forward(batch.to(self.world.device))
+                total = sum(results[name].loss * share for name, share in zip(self.names, scale, strict=True))
+                # Gradients are averaged over ranks; the mean over the global batch wants their sum.
+                self.scaler.scale(total * self.world.size).backward()
+            losses += torch.stack([results[name].loss.detach().double() for name in self.names])
+        self.parallel.finish_backward()
+        return losses
+
+    def _look(self, step: int) -> None:
+        """Notes whether the last loss, of step `step`, was NaN or infinite on this rank; waits for that step."""
         if self._unchecked is None:
             return
         losses, self._unchecked = self._unchecked, None
         bad = [name for name, value in zip(self.names, losses.tolist(), strict=True) if not np.isfinite(value)]
-        if bad:
-            what = f"the loss of {', '.join(bad)} is not finite at step {step or self.step}"
-            raise NonFiniteLoss(f"{what}; {self._images()}")
+        if bad and self._bad is None:
+            what = f"the loss of {', '.join(bad)} is not finite at step {step}"
+            self._bad = f"{watch.here()}{what}; {self._images()}"
+
+    def _raise_bad(self) -> None:
+        found = [text for text in gather_objects(self._bad) if text]
+        more = f"; and on {len(found) - 2} more ranks" if len(found) > 2 else ""
+        raise NonFiniteLoss("; ".join(found[:2]) + more)
+
+    def check_loss(self) -> None:
+        """Raises NonFiniteLoss on all ranks, which must all call it, if the last loss of any is NaN or infinite."""
+        self._look(self.step)
+        if all_sum(torch.tensor([float(self._bad is not None)])).item():
+            self._raise_bad()
 
     def check_finite(self) -> None:
-        """Raises NonFiniteLoss if the last loss or a weight is NaN or infinite."""
+        """As check_loss, and also if a weight is NaN or infinite."""
+        self._look(self.step)
+        named = list(self.model.named_parameters())
+        finite = torch.stack([torch.isfinite(local(parameter)).all() for _, parameter in named]).tolist()
+        if not all(finite) and self._bad is None:
+            what = f"{named[finite.index(False)][0]} is not finite after step {self.step}"
+            self._bad = f"{watch.here()}{what}; {self._images()}"
         self.check_loss()
-        for name, parameter in self.model.named_parameters():
-            if not torch.isfinite(parameter).all():
-                raise NonFiniteLoss(f"{name} is not finite after step {self.step}; {self._images()}")
 
     def _images(self) -> str:
         more = f" and {len(self._keys) - 8} more" if len(self._keys) > 8 else ""
@@ -170,6 +197,21 @@ class StopSignal:
         self.name = signal.Signals(number).name
 
 
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+    """Turns an error that another rank caused into one that says which rank, and tells the others of an own one.
+
+    Inside StopSignal: what started the ranks asks the others to stop as soon as one is gone, before they know why.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = watch.explain(OutOfMemory.of(error) or error)
+        if reason is error:
+            raise
+        raise reason from error
+
+
 def fit(
     trainer: Trainer,
     batches: Iterable[Batch],
@@ -190,15 +232,17 @@ def fit(
     """
     iterator: Iterator[Batch] = iter(batches)
     waited, mark, mark_step, images, skipped = 0.0, time.perf_counter(), trainer.step, 0, Counter()
-    with StopSignal() as stop:
+    with StopSignal() as stop, explained():
         while trainer.step < total_steps:
             trainer.model.train()
+            watch.mark(trainer.step + 1, "reading data")
             start = time.perf_counter()
             micro_batches = [next(iterator) for _ in range(accumulation)]
             waited += time.perf_counter() - start
             for batch in micro_batches:
                 images += len(batch.keys)
                 skipped.update(batch.skipped)
+            watch.mark(trainer.step + 1, "training")
             losses, stopping = trainer.train_step(micro_batches, bool(stop.name))
             if trainer.step % log_every == 0 or trainer.step == total_steps:
                 trainer.check_loss()

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from bt.config import OptimizerConfig
 
@@ -66,26 +67,26 @@ def parameter_groups(model: nn.Module, cfg: OptimizerConfig) -> list[dict[str, A
     """{base, head, cross} x {decay, no decay}, empty ones left out; `params` are (name, parameter) pairs.
 
     With cfg.layer_decay below 1 there is a group for each encoder layer, the lowest first. Parameters that are frozen
-    are in no group.
+    are in no group. Sharded ones and whole ones, which torch does not update together, are in groups of their own.
     """
     rate = {"base": cfg.lr, "head": cfg.lr * cfg.head_multiplier, "cross": cfg.lr * cfg.cross_multiplier}
     exempt = undecayed(model, cfg.groups)
-    groups: dict[tuple[str, int, bool], list[tuple[str, nn.Parameter]]] = {}
+    groups: dict[tuple[str, int, bool, bool], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             above = model.layers_above(name) if cfg.layer_decay < 1 else 0
-            key = model.parameter_role(name), above, name not in exempt
+            key = model.parameter_role(name), above, name not in exempt, isinstance(parameter, DTensor)
             groups.setdefault(key, []).append((name, parameter))
-    ordered = sorted(groups, key=lambda key: (ROLES.index(key[0]), -key[1], not key[2]))
+    ordered = sorted(groups, key=lambda key: (ROLES.index(key[0]), -key[1], not key[2], not key[3]))
     return [
         {
-            "params": groups[role, above, decay],
+            "params": groups[role, above, decay, sharded],
             "role": role,
             "lr": rate[role] * cfg.layer_decay**above,
             "peak_lr": rate[role] * cfg.layer_decay**above,
             "weight_decay": cfg.weight_decay if decay else 0.0,
         }
-        for role, above, decay in ordered
+        for role, above, decay, sharded in ordered
     ]
 
 

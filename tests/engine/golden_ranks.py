@@ -11,7 +11,7 @@ from torch import Tensor
 from bt.data.batch import Batch, Texts
 from bt.engine import distributed
 from bt.engine.distributed import World
-from bt.engine.loop import wrap
+from bt.engine.parallel import Replicas
 from bt.tasks.base import TaskModel
 from bt.tasks.itc import ITC
 from tests.golden_helpers import CONTRASTIVE, difference, golden_tower, load_golden, tensors
@@ -57,8 +57,8 @@ def main() -> None:
     rows = torch.arange(count)
     pairs = torch.stack([rows, rows], 1)
     batch = Batch(raw["image"], texts, pairs, ids, rows + world.rank * count, targets)
-    wrapped = wrap(model, world)  # kept: the backward pass of a wrapper that is gone does not synchronise
-    results = wrapped(batch)
+    parallel = Replicas(model, world)  # kept: the backward pass of a wrapper that is gone does not synchronise
+    results = parallel.forward(batch)
     if case != "itc":
         check_outputs(results, case, world.rank)
     means = {name: result.loss / model.objectives[name].count(targets[name]) for name, result in results.items()}

@@ -18,9 +18,12 @@ import torch
 from safetensors.torch import save_file
 
 from bt.config import OptimizerConfig
-from bt.engine.checkpoint import best_checkpoint, last_checkpoint, read_state, resume, save
+from bt.engine.checkpoint import best_checkpoint, contents, last_checkpoint, read_state, resume, save
+from bt.engine.distributed import World
 from bt.engine.initial import load_weights
 from bt.engine.optimizer import build_optimizer
+from bt.engine.parallel import layers
+from bt.engine.saver import Saver
 from bt.errors import CheckpointError
 from bt.models.bridges.add import AddBridge
 from bt.models.bridgetower import BridgeTower
@@ -74,8 +77,12 @@ def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
+def tensors_of(model: TaskModel, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, torch.Tensor]]:
+    return {file: dict(named) for file, named in contents(model, optimizer).items()}
+
+
 def save_simply(run_dir: Path, number: int, model: TaskModel, best: bool = False) -> Path:
-    return save(run_dir, step=number, model=model, optimizer=build_optimizer(model, CFG), state={}, best=best)
+    return save(run_dir, step=number, tensors=tensors_of(model, build_optimizer(model, CFG)), state={}, best=best)
 
 
 CFG = OptimizerConfig(lr=1e-2)
@@ -90,8 +97,7 @@ def test_a_resumed_optimizer_goes_on_bit_for_bit(tmp_path):
     where = save(
         tmp_path,
         step=3,
-        model=unbroken,
-        optimizer=optimizer,
+        tensors=tensors_of(unbroken, optimizer),
         state={"best": 0.5, "run_id": "abc"},
         tokenizer=tmp_path / "made.json",
     )
@@ -126,10 +132,60 @@ def test_last_and_best_point_at_what_is_kept(tmp_path):
     assert (best_checkpoint(tmp_path).name, last_checkpoint(tmp_path).name) == ("step-00000002", "step-00000004")
     assert os.readlink(root / "last") == "step-00000004"  # relative, so that a run can be moved
     # The checkpoint just saved turns out to be the best.
-    save(tmp_path, step=4, model=model, optimizer=build_optimizer(model, CFG), state={"metric": 0.9}, best=True)
+    save(tmp_path, step=4, tensors={}, state={"metric": 0.9}, best=True)
     assert sorted(p.name for p in root.iterdir()) == ["best", "last", "step-00000004"]
     assert read_state(best_checkpoint(tmp_path)) == {"step": 4, "metric": 0.9}
     assert last_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_the_last_ones_are_kept_and_the_best(tmp_path):
+    model = make_model()
+    tensors = tensors_of(model, build_optimizer(model, CFG))
+    for number in range(1, 7):
+        save(tmp_path, step=number, tensors=tensors, state={}, best=number == 2, keep=3)
+    names = sorted(p.name for p in (tmp_path / "checkpoints").glob("step-*"))
+    assert names == [f"step-{number:08d}" for number in (2, 4, 5, 6)]
+
+
+def test_saving_in_the_background_takes_what_was_there(tmp_path):
+    """Training changes the weights while they are written; the next save waits, and says what went wrong."""
+    model = make_model()
+    optimizer = build_optimizer(model, CFG)
+    saver = Saver(tmp_path, World(0, 1, torch.device("cpu")), keep=2)
+    for number in range(3):
+        step(model, optimizer, number)
+        saver.save(step=number, model=model, optimizer=optimizer, state={"number": number})
+        if number < 2:
+            torch.nn.init.zeros_(model.tower.text_projection.weight)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    moments = [optimizer.state[p]["exp_avg"].clone() for p in model.parameters() if p in optimizer.state]
+    step(model, optimizer, 3)
+    saver.save(step=2, model=model, optimizer=optimizer, state={"number": 2, "again": True}, best=True)
+    saver.wait()
+    resumed = make_model(seed=1)
+    other = build_optimizer(resumed, CFG)
+    assert resume(last_checkpoint(tmp_path), resumed, other) == {"step": 2, "number": 2, "again": True}
+    assert all(torch.equal(value, before[name]) for name, value in resumed.state_dict().items())
+    found = [other.state[p]["exp_avg"] for p in resumed.parameters() if p in other.state]
+    assert all(torch.equal(a, b) for a, b in zip(found, moments, strict=True))
+    assert sorted(p.name for p in (tmp_path / "checkpoints").glob("step-*")) == ["step-00000001", "step-00000002"]
+    (tmp_path / "checkpoints/last").unlink()
+    (tmp_path / "checkpoints/last").mkdir()  # cannot be replaced by a link
+    saver.save(step=3, model=model, optimizer=optimizer, state={})
+    with pytest.raises(CheckpointError, match="checkpoint of step 3 cannot be saved"):
+        saver.save(step=4, model=model, optimizer=optimizer, state={})
+
+
+def test_shards_of_layers_and_nothing_else():
+    """Every encoder layer is found, of this model as of base and large, whose encoders nest them alike."""
+    model = make_model()
+    names = {id(module): name for name, module in model.named_modules()}
+    assert [names[id(layer)] for layer in layers(model)] == [
+        "tower.vision.visual.transformer.resblocks.0",
+        "tower.text.model.encoder.layer.0",
+        "tower.cross.text_layers.0",
+        "tower.cross.image_layers.0",
+    ]
 
 
 def assert_first_survives(run_dir: Path, error: pytest.ExceptionInfo) -> None:
@@ -180,7 +236,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(small_disk):
     save_simply(small_disk, 1, model)
     with pytest.raises(CheckpointError) as error:
         save_simply(small_disk, 2, model)
-    assert "No space left on device" in str(error.value)
+    assert "GB are needed and" in str(error.value)
     assert_first_survives(small_disk, error)
 
 

@@ -10,6 +10,7 @@ from bt.engine.distributed import World
 from bt.engine.evaluate import evaluate
 from bt.engine.loop import NonFiniteLoss, Trainer
 from bt.engine.metrics import Means
+from bt.engine.parallel import Parallel
 from bt.tasks.base import Evaluator, Measuring, Result
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -67,7 +68,7 @@ def trainer(model, **options) -> Trainer:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for group in optimizer.param_groups:
         group["peak_lr"], group["role"] = 0.1, "base"
-    return Trainer(model, optimizer, lambda step: 1.0 / (step + 1), ALONE, seed=0, **options)
+    return Trainer(Parallel(model, ALONE), optimizer, lambda step: 1.0 / (step + 1), seed=0, **options)
 
 
 def test_loss_weights_scale_the_gradient_and_means_run_over_all_micro_batches():
