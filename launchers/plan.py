@@ -33,8 +33,8 @@ def plan(
         steps, sizes[shape] = measure(cfg, ranks, sizes.get(shape))
         parameters, one = sizes[shape]
         seconds = steps * cfg.global_batch / speed if speed else None
-        # The last checkpoint and the best, and the next one while it is written.
-        space = 3 * one
+        # The last checkpoints and the best, and the next one while it is written.
+        space = (cfg.checkpoint.keep + 2) * one
         disk += space
         hours += 0 if seconds is None else seconds * ranks / 3600
         time = "-" if seconds is None else seconds / 3600

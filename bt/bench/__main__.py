@@ -2,6 +2,7 @@
 side in one run.
 
 python -m bt.bench [--out FILE.json] [--only pretrain_1,inference_20] [--size base|tiny]
+python -m bt.bench plan ...   (what a training step needs on how many devices: see --help)
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ import argparse
 import gc
 import json
 import statistics
+import sys
 import time
 from pathlib import Path
 
 import torch
 
+from bt.bench import plan
 from bt.bench.case import Case
 from bt.bench.cases import CASES, SIZES
 from bt.engine.progress import table
@@ -48,6 +51,9 @@ def measure(name: str, case: Case) -> dict:
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["plan"]:
+        plan.main(sys.argv[2:])
+        return
     parser = argparse.ArgumentParser(prog="python -m bt.bench", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="write the results as JSON")
     parser.add_argument("--only", default=",".join(CASES), help=f"names, comma-separated, of: {', '.join(CASES)}")

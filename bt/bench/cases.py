@@ -111,11 +111,13 @@ def make_ours(size: Size, peer: nn.ModuleDict) -> TaskModel:
     return model.train()
 
 
-def make_batch(size: Size, images: int, texts_per_image: int) -> Batch:
-    """Random images and captions of 12 to 18 tokens; a seventh of the tokens masked, half of the pairs mismatched."""
+def make_batch(size: Any, images: int, texts_per_image: int, tokens: tuple[int, int] = (12, 18)) -> Batch:
+    """Random images and captions of 12 to 18 tokens, or as `tokens` says; a seventh of the tokens masked, half of the
+    pairs mismatched. size: has `image` and `vocabulary`.
+    """
     draw = torch.Generator().manual_seed(0)
     pairs = images * texts_per_image
-    lengths = torch.randint(12, 19, (pairs,), generator=draw)
+    lengths = torch.randint(tokens[0], tokens[1] + 1, (pairs,), generator=draw)
     mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]
     ids = torch.randint(5, size.vocabulary, mask.shape, generator=draw).masked_fill(~mask, 1)
     ids[:, 0] = 0

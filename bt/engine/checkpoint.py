@@ -213,7 +213,7 @@ def _check_space(root: Path, tensors: Mapping[str, Mapping[str, Tensor]]) -> Non
     needed = sum(tensor.nbytes for named in tensors.values() for tensor in named.values())
     free = shutil.disk_usage(root).free
     if needed > free:
-        raise OSError(errno.ENOSPC, f"{needed / 1e9:.3g} GB are needed and {free / 1e9:.3g} GB free")
+        raise OSError(errno.ENOSPC, f"No space left: {needed / 1e9:.3g} GB are needed and {free / 1e9:.3g} GB free")
 
 
 def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:

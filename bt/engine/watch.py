@@ -25,7 +25,7 @@ from bt.errors import UserError
 BEAT = 1.0  # seconds between two words of a rank
 SILENT = 30.0  # seconds without a word after which a rank counts as dead
 LOOK = 6.0  # seconds that a rank whose collective failed looks for the reason
-GRACE = 5.0  # seconds for the main thread to end by itself, once the job has to end
+GRACE = 15.0  # seconds for the main thread to end by itself, once the job has to end: MLflow is told, files are written
 END = "end"
 
 
