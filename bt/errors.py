@@ -12,6 +12,12 @@ class UserError(CompactHydraException):
     ends_sweep = False
 
 
+class Stopped(UserError):
+    """A signal asked for the end; everything up to the running step is saved."""
+
+    ends_sweep = True
+
+
 class ConfigError(UserError):
     """A configuration key or value that is not allowed."""
 

@@ -20,7 +20,7 @@ from bt.config.record import read_recorded, to_config
 from bt.config.schema import check_run, check_values
 from bt.config.targets import add_plugins, check_model_targets
 from bt.data.text import make_tokenizer
-from bt.engine import distributed, report
+from bt.engine import distributed, report, watch
 from bt.engine.distributed import World
 from bt.engine.evaluate import evaluate
 from bt.engine.initial import load_weights, weights_file
@@ -40,8 +40,8 @@ def evaluate_run(cfg: Config) -> float | None:
 
     Returns the task's objective metric, as measured on that split.
     """
-    world = distributed.join(cfg.trainer.device, cfg.trainer.timeout_minutes)
-    try:
+    with distributed.joined(cfg.trainer.device, cfg.trainer.timeout_minutes) as world:
+        watch.mark(None, f"evaluating {cfg.split}")
         split, source, overrides = cfg.split, cfg.init_from or cfg.run_dir, changes()
         if not source:
             raise ConfigError("give run_dir=DIR of a trained run, or init_from=PATH with task and data")
@@ -53,8 +53,6 @@ def evaluate_run(cfg: Config) -> float | None:
             if diff_configs(own, cfg):
                 out_dir = out_dir / "evaluations" / sha256(f"{config_hash(cfg)} {split}".encode()).hexdigest()[:8]
         return evaluate_weights(cfg, world, weights_file(source), split, out_dir)
-    finally:
-        distributed.leave()
 
 
 def changes() -> list[Override]:

@@ -10,7 +10,7 @@ import os
 import statistics
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,14 @@ from bt.engine import checkpoint, distributed, heartbeat, report, watch
 from bt.engine.distributed import World
 from bt.engine.evaluate import Measured, evaluate
 from bt.engine.initial import load_weights
-from bt.engine.loop import NonFiniteLoss, StepReport, Stopped, Trainer, explained, fit
+from bt.engine.loop import NonFiniteLoss, StepReport, Trainer, Wishes, fit
 from bt.engine.optimizer import build_optimizer, make_schedule
 from bt.engine.parallel import make_parallel
 from bt.engine.progress import Progress, table
 from bt.engine.saver import Saver
 from bt.engine.system import SystemMetrics
 from bt.engine.tracking import Journal, Mirror
-from bt.errors import CheckpointError, ConfigError, DataError, UserError
+from bt.errors import CheckpointError, ConfigError, DataError, Stopped, UserError
 from bt.tasks.base import Measuring
 
 log = logging.getLogger("bt")
@@ -83,6 +83,8 @@ class Training:
         if len(set(steps)) > 1:
             raise CheckpointError(f"{self.run_dir}: ranks see different checkpoints there, of the steps {steps}")
         self.saver = Saver(self.run_dir, self.world, keep=cfg.checkpoint.keep, background=cfg.checkpoint.background)
+        # What is on its way to the disk was good when it was taken; but the disk may be what hangs.
+        watch.before_exit(lambda reason: self.saver.wait(60))
         self.batches = self.data.train(self.train_set, self.plan, state.get("step", 0), self.total_steps)
         self.trainer = Trainer(
             parallel,
@@ -146,6 +148,7 @@ class Training:
                     epoch_pairs=self.plan.pairs_per_epoch,
                     log_every=self.cfg.trainer.log_every,
                     on_log=self.on_log,
+                    wants_save=self.wants_save,
                     after_step=self.after_step,
                 )
             self.progress.close()
@@ -198,23 +201,26 @@ class Training:
                 log.warning(f"left out a bad image of {place} (the first for this reason; report.json counts them)")
             self.said.add(reason)
 
-    def after_step(self, step: int, stop: bool) -> bool:
+    def wants_save(self) -> bool:
+        """By the clock of rank 0, so that ranks never disagree."""
+        every = self.cfg.checkpoint.every_minutes
+        return self.world.main and every is not None and time.perf_counter() - self.saved_at > 60 * every
+
+    def after_step(self, step: int, wishes: Wishes) -> bool:
         """Evaluates and saves where it is time to; False ends the training."""
-        cfg, last = self.cfg.checkpoint, step == self.total_steps
-        self.heartbeat.step(step, stop or last)
+        every, last = self.cfg.checkpoint.every_steps, step == self.total_steps
+        self.heartbeat.step(step, wishes.stop or last)
+        self.saver.check()
         if self.world.main:
             self.progress.step(step)
         if self.is_evaluation(step):
             self.save(self.evaluate(step))
-        elif (
-            stop
-            or last
-            or (cfg.every_steps and step % cfg.every_steps == 0)
-            or (cfg.every_minutes and time.perf_counter() - self.saved_at > 60 * cfg.every_minutes)
-        ):
+        elif wishes.stop or wishes.save or last or (every and step % every == 0):
             self.save()
-        if stop and not last:
+        if wishes.stop and not last:
             self.saver.wait()
+            # A rank that ended now could take rank 0 along while it still writes.
+            distributed.barrier()
             raise Stopped(f"stopped by a signal after step {step}; the same command goes on from there")
         if self.out_of_patience():
             self.say(f"no better evaluation in {self.stale} in a row (eval.patience): training ends at step {step}")
@@ -235,7 +241,6 @@ class Training:
         """Evaluates on the validation split; True if it is the best so far."""
         cfg = self.cfg
         self.trainer.check_finite()
-        watch.mark(step, "evaluating")
         metrics = self.measure(self.validation, "val", f"step {step}").metrics
         if cfg.task.metric not in metrics:
             found = f"there are {', '.join(metrics)}" if metrics else "the split has no labels"
@@ -301,6 +306,7 @@ class Training:
 
     def measure(self, batches: Loader, split: str, weights: str, predictions: bool = False) -> Measured:
         """Measures a split; stops where too much of it is bad. weights: tells apart what the model holds by then."""
+        watch.mark(self.trainer.step, f"evaluating {split}")
         how = Measuring(
             split,
             self.cfg.trainer.precision,
@@ -367,9 +373,7 @@ def set_numerics(cfg: Config) -> None:
 
 def train(cfg: Config) -> float | None:
     """Runs the experiment, or says that it is finished; returns the objective metric of its best checkpoint."""
-    world = distributed.join(cfg.trainer.device, cfg.trainer.timeout_minutes)
-    failed = True
-    try:
+    with distributed.joined(cfg.trainer.device, cfg.trainer.timeout_minutes) as world:
         run_dir = resolve_run_dir(cfg)
         finished = run_dir / "report.json"
         if (run_dir / "config.yaml").exists():
@@ -379,22 +383,14 @@ def train(cfg: Config) -> float | None:
             if world.main:
                 log.info(f"already finished: {finished}")
             return metrics.get(cfg.task.metric)
-        metric = run_to_its_end(cfg, world, run_dir)
-        failed = False
-        return metric
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise UserError(f"no space left on the disk of {error.filename or run_dir}") from error
-    finally:
-        distributed.leave(failed)
+        return run_to_its_end(cfg, world, run_dir)
 
 
 def run_to_its_end(cfg: Config, world: World, run_dir: Path) -> float | None:
     """Trains, and leaves in the run's heartbeat how it ended."""
     watch.before_exit(lambda reason: heartbeat.write_end(run_dir, "failed", reason))
     try:
-        with explained():
+        with watch.explained(), no_space_explained(run_dir):
             value = Training(cfg, world).run()
     except BaseException as error:
         stopped = isinstance(error, Stopped | KeyboardInterrupt)
@@ -403,3 +399,13 @@ def run_to_its_end(cfg: Config, world: World, run_dir: Path) -> float | None:
     if world.main:
         heartbeat.write_end(run_dir, "finished")
     return value
+
+
+@contextlib.contextmanager
+def no_space_explained(run_dir: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise UserError(f"no space left on the disk of {error.filename or run_dir}") from error

@@ -104,7 +104,7 @@ def run(run_dir: Path, preemption: Preemption) -> None:
         cfg = read_config(run_dir)
         cfg.run_dir = str(run_dir)
         check_config(cfg)
-        from bt.engine.loop import Stopped
+        from bt.errors import Stopped
         from bt.run import train
     except Exception as error:
         _fail(run_dir, error)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
+import socket
 import time
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -29,18 +32,33 @@ class World:
         return self.rank == 0
 
 
-def join(device: str = "auto", timeout_minutes: float = 30.0) -> World:
-    """Joins the process group that torchrun's variables describe, or stands alone without them.
+@contextlib.contextmanager
+def joined(device: str = "auto", timeout_minutes: float = 30.0) -> Iterator[World]:
+    """A program's work as one of the ranks that torchrun's variables describe, or alone without them.
 
     NCCL on GPUs, gloo on CPUs. device: auto takes a GPU where there is one. timeout_minutes: see bt.engine.watch.
+    An error on one rank ends all of them, each with one line that says whose it was.
     """
+    failed = True
+    try:
+        with watch.explained():
+            yield join(device, timeout_minutes)
+        failed = False
+    finally:
+        leave(failed)
+
+
+def join(device: str = "auto", timeout_minutes: float = 30.0) -> World:
+    """See `joined`."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("trainer.device=cuda: no GPU is visible here; allowed are auto, cpu")
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device == "cuda":
-        index = int(os.environ.get("LOCAL_RANK", 0))
+        index, visible = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if index >= visible:
+            raise ConfigError(f"process {index + 1} on {socket.gethostname()} has no GPU: {visible} are visible there")
         torch.cuda.set_device(index)
         where = torch.device("cuda", index)
     else:
@@ -50,8 +68,13 @@ def join(device: str = "auto", timeout_minutes: float = 30.0) -> World:
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         # The collectives' own time-out, which can say less, comes after the watch's.
         timeout = datetime.timedelta(minutes=timeout_minutes + 1)
-        store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
-        store = dist.PrefixStore(meet(store, rank, size, timeout.total_seconds()), store)
+        try:
+            store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+            store = dist.PrefixStore(meet(store, rank, size, timeout.total_seconds()), store)
+        except (dist.DistError, ValueError) as error:
+            place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            reason = f"rank {rank} of {size} on {socket.gethostname()} did not find the others at {place}"
+            raise UserError(f"{reason} ({str(error).splitlines()[0]})") from error
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         watch.start(store, rank, size, 60 * timeout_minutes)
     return World(rank, size, where)

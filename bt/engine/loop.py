@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import signal
 import time
 from collections import Counter
@@ -25,24 +24,12 @@ class NonFiniteLoss(UserError):
     """A loss became NaN or infinite."""
 
 
-class OutOfMemory(UserError):
-    """The device's memory, or the main memory, is not enough."""
+@dataclass(frozen=True)
+class Wishes:
+    """What a rank asks of all after the running step: to save, or to save and stop."""
 
-    @staticmethod
-    def of(error: Exception) -> OutOfMemory | None:
-        """None where `error` is another one. torch raises a plain RuntimeError for the main memory."""
-        text = str(error)
-        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in text:
-            what = text.splitlines()[0] if text else "main memory"
-            less = "a smaller trainer.micro_batch, trainer.gradient_checkpointing=true, trainer.parallel=fsdp"
-            return OutOfMemory(f"out of memory ({what}); less is needed with {less}")
-        return None
-
-
-class Stopped(UserError):
-    """A signal asked for the end; everything up to the running step is saved."""
-
-    ends_sweep = True
+    stop: bool = False
+    save: bool = False
 
 
 @dataclass
@@ -87,23 +74,24 @@ class Trainer:
         self._keys: list[str] = []  # images of the last step
         self._bad: str | None = None  # what was not finite on this rank
 
-    def train_step(self, micro_batches: list[Batch], stop: bool = False) -> tuple[Tensor, bool]:
+    def train_step(self, micro_batches: list[Batch], wishes: Wishes | None = None) -> tuple[Tensor, Wishes]:
         """One optimizer step over this rank's micro-batches.
 
         Returns the losses, (objectives,) float64 on the device: this rank's share of each objective's mean over the
-        global batch (their sum over ranks is the loss); and whether any rank asked to stop. Raises NonFiniteLoss on
-        all ranks if the loss before the last one was not finite on any of them.
+        global batch (their sum over ranks is the loss); and what any of the ranks wished. Raises NonFiniteLoss on all
+        ranks if the loss before the last one was not finite on any of them.
         """
+        wishes = wishes or Wishes()
         factor = self.schedule(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
         # Dropout is drawn from (seed, step, rank), so that resuming needs no saved generator.
         torch.manual_seed(int(np.random.SeedSequence([self.seed, self.step, self.world.rank]).generate_state(1)[0]))
         counts = sum(self.model.counts(batch) for batch in micro_batches)
-        # On the host, in one collective: how many terms each mean has, whether to stop, and whether all is well.
-        flags = torch.tensor([float(stop), float(self._bad is not None)], dtype=counts.dtype)
+        # On the host, in one collective: how many terms each mean has, what ranks wish, and whether all is well.
+        flags = torch.tensor([wishes.stop, wishes.save, self._bad is not None], dtype=counts.dtype)
         agreed = all_sum(torch.cat([counts, flags]))
-        counts, (stopping, bad) = agreed[:-2].clamp(min=1.0), agreed[-2:].tolist()
+        counts, (stop, save, bad) = agreed[:-3].clamp(min=1.0), agreed[-3:].tolist()
         if bad:
             self._raise_bad()
         losses = self._backward(micro_batches, counts.tolist())
@@ -118,7 +106,7 @@ class Trainer:
         # Looking at a loss one step late keeps the host ahead of a GPU.
         self._look(self.step - 1)
         self._unchecked, self._keys = losses, [key for batch in micro_batches for key in batch.keys]
-        return losses, bool(stopping)
+        return losses, Wishes(bool(stop), bool(save))
 
     def _backward(self, micro_batches: list[Batch], counts: list[float]) -> Tensor:
         """The gradients of the means over the global batch; returns this rank's sums, (objectives,) float64."""
@@ -197,21 +185,6 @@ class StopSignal:
         self.name = signal.Signals(number).name
 
 
-@contextlib.contextmanager
-def explained() -> Iterator[None]:
-    """Turns an error that another rank caused into one that says which rank, and tells the others of an own one.
-
-    Inside StopSignal: what started the ranks asks the others to stop as soon as one is gone, before they know why.
-    """
-    try:
-        yield
-    except Exception as error:
-        reason = watch.explain(OutOfMemory.of(error) or error)
-        if reason is error:
-            raise
-        raise reason from error
-
-
 def fit(
     trainer: Trainer,
     batches: Iterable[Batch],
@@ -222,17 +195,20 @@ def fit(
     epoch_pairs: int,
     log_every: int,
     on_log: Callable[[StepReport], None],
-    after_step: Callable[[int, bool], bool],
+    wants_save: Callable[[], bool],
+    after_step: Callable[[int, Wishes], bool],
 ) -> None:
     """Steps from `trainer.step` to `total_steps`.
 
-    batches: this rank's micro-batches from the first one of `trainer.step` on. after_step(step, stop) is called
-    after every step with the number of steps done and whether a signal asked for the end (on any rank); where it
-    returns False, training ends.
+    batches: this rank's micro-batches from the first one of `trainer.step` on. wants_save(): whether this rank wishes
+    for a checkpoint after the next step. after_step(step, wishes) is called after every step with the number of steps
+    done and what any rank wished (to stop where it got a signal); where it returns False, training ends.
     """
     iterator: Iterator[Batch] = iter(batches)
     waited, mark, mark_step, images, skipped = 0.0, time.perf_counter(), trainer.step, 0, Counter()
-    with StopSignal() as stop, explained():
+    # What started the ranks asks the others to stop as soon as one is gone, before they can say why: so `explained` is
+    # inside.
+    with StopSignal() as stop, watch.explained():
         while trainer.step < total_steps:
             trainer.model.train()
             watch.mark(trainer.step + 1, "reading data")
@@ -243,7 +219,7 @@ def fit(
                 images += len(batch.keys)
                 skipped.update(batch.skipped)
             watch.mark(trainer.step + 1, "training")
-            losses, stopping = trainer.train_step(micro_batches, bool(stop.name))
+            losses, wishes = trainer.train_step(micro_batches, Wishes(bool(stop.name), wants_save()))
             if trainer.step % log_every == 0 or trainer.step == total_steps:
                 trainer.check_loss()
                 values = all_sum(losses.clone()).tolist()
@@ -262,6 +238,6 @@ def fit(
                 on_log(report)
                 waited, mark, mark_step, images, skipped = 0.0, time.perf_counter(), trainer.step, 0, Counter()
             paused = time.perf_counter()
-            if not after_step(trainer.step, stopping):
+            if not after_step(trainer.step, wishes):
                 return
             mark += time.perf_counter() - paused

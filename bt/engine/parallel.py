@@ -52,9 +52,13 @@ class Replicas(Parallel):
     def __init__(self, model: nn.Module, world: World):
         super().__init__(model, world)
         ids = [world.device.index] if world.device.type == "cuda" else None
-        # Gradients lie in the buckets that are sent, not beside them: 4 bytes a parameter less.
-        options = {"find_unused_parameters": True, "gradient_as_bucket_view": True}
-        self.forward = DistributedDataParallel(model, device_ids=ids, **options)
+        self.forward = DistributedDataParallel(
+            model,
+            device_ids=ids,
+            find_unused_parameters=True,
+            gradient_as_bucket_view=True,  # gradients lie in the buckets that are sent: 4 bytes a parameter less
+            forward_sync_buffers=False,  # they are constants
+        )
 
     def accumulating(self, last: bool) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if last else self.forward.no_sync()
@@ -65,7 +69,7 @@ class Shards(Parallel):
 
     A layer's weights are gathered when it runs and freed behind it; what is no layer (embeddings, projections, poolers,
     heads) is gathered once a step. While micro-batches are accumulated each rank holds whole gradients.
-    fully_shard has no scalars (ITC's temperature): every rank keeps those, and their gradients are averaged here.
+    fully_shard takes no scalars (ITC's temperature): every rank keeps those, and their gradients are averaged here.
     Weights and what ranks exchange stay fp32; autocast does the rest, as without shards.
     """
 
@@ -73,9 +77,8 @@ class Shards(Parallel):
         super().__init__(model, world)
         self.scalars = [parameter for parameter in model.parameters() if parameter.dim() == 0]
         mesh = init_device_mesh(world.device.type, (world.size,))
-        for layer in layers(model):
-            fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh, ignored_params=set(self.scalars))
+        for module in (*layers(model), model):
+            fully_shard(module, mesh=mesh, ignored_params=set(self.scalars))
         # The first module that runs is taken for the root, and an evaluator may call a part of the model first.
         fully_shard.state(model)._lazy_init()
 
@@ -128,11 +131,15 @@ def make_parallel(model: nn.Module, world: World, kind: str = "ddp") -> Parallel
 
 
 def layers(model: nn.Module) -> list[nn.Module]:
-    """The layers of the encoders: what stands in a list or sequence and has parts of its own, the outermost of it."""
+    """The layers of the encoders: what stands in a list or sequence and has parts of its own, but no such layers.
+
+    Stages of hierarchical encoders hold layers in turn, and are not always called as a whole.
+    """
     found: list[nn.Module] = []
     for module in model.children():
         if isinstance(module, nn.ModuleList | nn.Sequential):
-            found += [layer for layer in module if any(True for _ in layer.children())]
+            for part in module:
+                found += layers(part) or [part] * any(True for _ in part.children())
         else:
             found += layers(module)
     return found

@@ -77,11 +77,14 @@ class Saver:
         except Exception as error:
             self.error = error
 
-    def wait(self) -> None:
-        """Returns when what was saved is on the disk; raises CheckpointError where it could not be written."""
-        if self.thread is not None:
-            self.thread.join()
-            self.thread = None
+    def check(self) -> None:
+        """Raises CheckpointError where the last one could not be written; waits for nothing."""
         if self.error is not None:
             error, self.error = self.error, None
             raise error
+
+    def wait(self, seconds: float | None = None) -> None:
+        """Returns when what was saved is on the disk, or after so many seconds; raises as `check`."""
+        if self.thread is not None:
+            self.thread.join(seconds)
+        self.check()

@@ -14,13 +14,14 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
-from bt.errors import UserError
+from bt.errors import Stopped, UserError
 
 BEAT = 1.0  # seconds between two words of a rank
 SILENT = 30.0  # seconds without a word after which a rank counts as dead
@@ -31,6 +32,23 @@ END = "end"
 
 class RankError(UserError):
     """A rank failed, died or hung; the message names it, its host and its step."""
+
+
+class OutOfMemory(UserError):
+    """The device's memory, or the main memory, is not enough."""
+
+    @staticmethod
+    def of(error: Exception) -> OutOfMemory | None:
+        """None where `error` is another one. torch raises a plain RuntimeError for the main memory."""
+        text = str(error)
+        if isinstance(error, UserError):
+            return None
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in text:
+            what = text.splitlines()[0] if text else "main memory"
+            less = "a smaller trainer.micro_batch, trainer.gradient_checkpointing=true, trainer.parallel=fsdp"
+            where = "" if _watch is None else f"{_watch.state}: "
+            return OutOfMemory(f"{where}out of memory ({what}); less is needed with {less}")
+        return None
 
 
 @dataclass
@@ -66,10 +84,11 @@ class Watch:
         self.heard: dict[int, tuple[State, float]] = {}  # by rank: its last word, and when it came
         self.stopping = threading.Event()
         self.before_exit: list[Callable[[str], None]] = []
+        self.explained: Exception | None = None
         self.say()
         self.thread = threading.Thread(target=self._work, name="watch", daemon=True)
 
-    def mark(self, step: int, doing: str) -> None:
+    def mark(self, step: int | None, doing: str) -> None:
         self.marks += 1
         self.state.step, self.state.doing = step, doing
 
@@ -126,7 +145,8 @@ class Watch:
                 if os.environ.get("LOCAL_RANK", "0") == "0":
                     print(f"error: {reason}", file=sys.stderr, flush=True)
                 for tell in self.before_exit:
-                    tell(reason)
+                    with contextlib.suppress(Exception):
+                        tell(reason)
                 os._exit(1)
 
     def _notice_main(self) -> None:
@@ -161,11 +181,18 @@ class Watch:
 
     def explain(self, error: Exception) -> Exception:
         """What to raise for an error of the main thread: itself, or what happened on the rank that caused it."""
-        if not _is_lost_connection(error):
-            text = str(error).splitlines()[0] if str(error) else ""
-            name = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-            self._try_to_end(f"{self.state}: {name}{text}")
-            return error
+        if error is not self.explained:
+            self.explained = self._others_fault(error) if _is_lost_connection(error) else self._own_fault(error)
+        return self.explained
+
+    def _own_fault(self, error: Exception) -> Exception:
+        text = str(error).splitlines()[0] if str(error) else ""
+        where = "" if text.startswith("rank ") else f"{self.state}: "
+        name = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        self._try_to_end(f"{where}{name}{text}")
+        return error
+
+    def _others_fault(self, error: Exception) -> Exception:
         try:
             others = [rank for rank in range(self.size) if rank != self.state.rank]
             self.listen(others)
@@ -221,7 +248,7 @@ def stop() -> None:
         _watch = None
 
 
-def mark(step: int, doing: str) -> None:
+def mark(step: int | None, doing: str) -> None:
     """What this rank is about to do, for messages: mark(12, "reading data")."""
     if _watch is not None:
         _watch.mark(step, doing)
@@ -233,9 +260,23 @@ def before_exit(tell: Callable[[str], None]) -> None:
         _watch.before_exit.append(tell)
 
 
-def explain(error: Exception) -> Exception:
-    """See Watch.explain; alone, an error is its own explanation."""
-    return error if _watch is None else _watch.explain(error)
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+    """Turns an error that another rank caused into one that says which rank, and tells the others of an own one.
+
+    An error may pass several of these. Ranks that stop at a signal do so together, so that is not told.
+    """
+    try:
+        yield
+    except Stopped:
+        raise
+    except Exception as error:
+        reason = OutOfMemory.of(error) or error
+        if _watch is not None:
+            reason = _watch.explain(reason)
+        if reason is error:
+            raise
+        raise reason from error
 
 
 def here() -> str:

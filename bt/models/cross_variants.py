@@ -19,9 +19,12 @@ class MergedLayer(nn.Module):
         self.self_attention = SelfAttention(width, heads, dropout, norm_eps, norm)
         self.ffn = FeedForward(width, int(width * ffn_ratio), dropout, norm_eps, norm)
 
-    def forward(self, queries: Tensor, states: Tensor, mask: Tensor) -> Tensor:
-        """states (P, S, D), mask (P, S) -> (P, R, D) for `queries`, which are `states` or rows of it."""
-        return self.ffn(self.self_attention(queries, states, mask))
+    def forward(self, queries: Tensor | None, states: Tensor, mask: Tensor) -> Tensor:
+        """states (P, S, D), mask (P, S) -> (P, R, D) for `queries`, rows of `states`; None: all of them.
+
+        Not the states themselves for that: a layer that is sharded (fully_shard) gets other objects than it is given.
+        """
+        return self.ffn(self.self_attention(states if queries is None else queries, states, mask))
 
 
 class MergedAttention(CrossEncoder):
@@ -41,7 +44,7 @@ class MergedAttention(CrossEncoder):
         states = torch.cat([text, image], dim=1)
         mask = torch.cat([pair_mask, pair_mask.new_ones(image.shape[:2])], dim=1)
         if _all(read_text) and _all(read_image):
-            queries, texts = states, text.shape[1]
+            queries, texts = None, text.shape[1]
         else:
             parts = [
                 states_of.narrow(1, 0, 0) if read is None else read.select(states_of)

@@ -45,7 +45,8 @@ class Contrastive(Objective):
         return len(targets["pair"])
 
     def note(self, pairs: int, ranks: int, accumulation: int) -> str:
-        return f"contrastive: {pairs * (ranks if self.gather else 1) - 1} negatives per pair"
+        own, whole = pairs * (ranks if self.gather else 1) - 1, pairs * ranks * accumulation - 1
+        return f"contrastive: {own} negatives per pair" + (f" of the step's {whole}" if own < whole else "")
 
     def image_features(self, images: Encoded) -> Tensor:
         """(images, size), L2-normalised; retrieval compares them by their dot product."""

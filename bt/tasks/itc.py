@@ -68,7 +68,8 @@ class ITC(Objective):
         return len(targets["pair"])
 
     def note(self, pairs: int, ranks: int, accumulation: int) -> str:
-        accumulated = "; accumulation adds none to them" if accumulation > 1 else ""
+        whole = pairs * ranks * accumulation - 1
+        accumulated = f"; {whole} without accumulation" if accumulation > 1 else ""
         return (
             f"itc: {pairs * ranks - 1} negatives per pair, of micro-batches of {pairs} on {ranks} ranks{accumulated} "
             "(official fine-tuning: 63 on Flickr30K, 127 on COCO)"

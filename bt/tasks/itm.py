@@ -64,6 +64,15 @@ class ITM(Objective):
         super().__init__(weight, ITMTargets(negatives), Needs(false_images=negatives == "sampled"))
         self.head = ITMHead(context.width).requires_grad_(not frozen_head)
 
+    def note(self, pairs: int, ranks: int, accumulation: int) -> str | None:
+        whole = pairs * ranks * accumulation
+        if self.targets.negatives != "batch" or whole == pairs:
+            return None
+        return (
+            f"itm: false images are those of a micro-batch of {pairs} pairs, not of the step's {whole} "
+            "(task.objectives.itm.negatives=sampled: of the whole split)"
+        )
+
     def score(self, cls: Tensor) -> Tensor:
         """How well pairs match, for retrieval: fused [CLS] (pairs, 2 * width) -> the match logit (pairs,)."""
         return self.head(cls)[:, 1].float()

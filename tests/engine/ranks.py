@@ -27,7 +27,7 @@ from bt.data.text import make_tokenizer
 from bt.engine import checkpoint, distributed
 from bt.engine.distributed import World
 from bt.engine.evaluate import evaluate
-from bt.engine.loop import Trainer
+from bt.engine.loop import Trainer, Wishes
 from bt.engine.optimizer import build_optimizer
 from bt.engine.parallel import make_parallel, whole
 from bt.engine.saver import Saver
@@ -100,8 +100,10 @@ def train(data_dir: str, world: World, case: Case, share=make_parallel) -> dict[
     for number in range(case.steps):
         micro_batches = [next(batches) for _ in range(plan.accumulation)]
         with profile() if case.counts and number == case.steps - 1 else contextlib.nullcontext() as trace:
-            local, _ = trainer.train_step(micro_batches)
+            # The last rank alone wishes something, and rank 0 writes down what it hears.
+            local, wishes = trainer.train_step(micro_batches, Wishes(save=world.rank == world.size - 1))
         losses.append(distributed.all_sum(local.clone()))
+        found["wishes"] = torch.tensor([wishes.stop, wishes.save]).float()
     trainer.check_finite()
     if case.counts:
         found["collectives"] = torch.tensor(exchanges(trace))

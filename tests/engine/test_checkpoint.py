@@ -22,7 +22,6 @@ from bt.engine.checkpoint import best_checkpoint, contents, last_checkpoint, rea
 from bt.engine.distributed import World
 from bt.engine.initial import load_weights
 from bt.engine.optimizer import build_optimizer
-from bt.engine.parallel import layers
 from bt.engine.saver import Saver
 from bt.errors import CheckpointError
 from bt.models.bridges.add import AddBridge
@@ -171,21 +170,11 @@ def test_saving_in_the_background_takes_what_was_there(tmp_path):
     assert sorted(p.name for p in (tmp_path / "checkpoints").glob("step-*")) == ["step-00000001", "step-00000002"]
     (tmp_path / "checkpoints/last").unlink()
     (tmp_path / "checkpoints/last").mkdir()  # cannot be replaced by a link
-    saver.save(step=3, model=model, optimizer=optimizer, state={})
-    with pytest.raises(CheckpointError, match="checkpoint of step 3 cannot be saved"):
-        saver.save(step=4, model=model, optimizer=optimizer, state={})
-
-
-def test_shards_of_layers_and_nothing_else():
-    """Every encoder layer is found, of this model as of base and large, whose encoders nest them alike."""
-    model = make_model()
-    names = {id(module): name for name, module in model.named_modules()}
-    assert [names[id(layer)] for layer in layers(model)] == [
-        "tower.vision.visual.transformer.resblocks.0",
-        "tower.text.model.encoder.layer.0",
-        "tower.cross.text_layers.0",
-        "tower.cross.image_layers.0",
-    ]
+    for tell in (saver.wait, saver.check, lambda: saver.save(step=9, model=model, optimizer=optimizer, state={})):
+        saver.save(step=saver.step + 1, model=model, optimizer=optimizer, state={})
+        saver.thread.join()
+        with pytest.raises(CheckpointError, match=f"checkpoint of step {saver.step} cannot be saved"):
+            tell()
 
 
 def assert_first_survives(run_dir: Path, error: pytest.ExceptionInfo) -> None:

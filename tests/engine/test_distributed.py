@@ -142,6 +142,7 @@ def test_ranks_train_as_one(alone, request, ranks, parallel):
     found = request.getfixturevalue("two") if ranks == 2 else request.getfixturevalue("three")[1]
     wanted = alone("sgd")
     assert_same(found[f"sgd.{parallel}"], wanted)
+    assert wanted["wishes"].tolist() == [0, 1]
     assert wanted["losses"].shape == (STEPS, 3) and (wanted["losses"][0] > 0.5).all()
     assert {"before/itm/val/loss", "after/itm/val/loss"} <= wanted.keys()
     assert wanted["before/mlm/val/loss"] > wanted["after/mlm/val/loss"] + 1e-3

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from bt.config import compose_run, prepare_run_dir
+
 ROOT = Path(__file__).parents[2]
 
 # On rank 1, at another step each time that torchrun has started the ranks again.
@@ -50,12 +52,35 @@ def run(*command: object) -> subprocess.CompletedProcess:
     )
 
 
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+
 def lines(run_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.timeout(600)  # six starts of two processes
-def test_every_trouble_is_named_and_torchrun_comes_back_from_the_last_checkpoint(tmp_path, few_dir):
+def test_a_mistake_is_one_line_on_each_rank(tmp_path, few_dir):
+    """One that all ranks see, and one that rank 0 alone sees."""
+    settings = ["experiment=easy_vqa", "trainer=smoke", f"data.dir={few_dir}", "tracking=none"]
+    other = prepare_run_dir(compose_run(*settings, "seed=3", f"run_dir={tmp_path}/other"))
+    (tmp_path / "file").touch()
+    logs = ["--redirects=3", f"--log-dir={tmp_path}/logs"]
+    done = run(*TORCHRUN, *logs, "-m", "bt.train", "-m", *settings, f"run_dir={other},{tmp_path}/file/run")
+    assert done.returncode == 1
+    mistakes = [f"run_dir={other} holds a run of another configuration: seed: 3 -> 0"]
+    mistakes.append(f"run_dir={tmp_path}/file/run cannot be written: Not a directory")
+    whose = f"rank 0 on {socket.gethostname()}, starting: "
+    for rank in (0, 1):
+        (log,) = (tmp_path / "logs").glob(f"*/attempt_0/{rank}/stderr.log")
+        expected = [mistakes[0], (whose if rank else "") + mistakes[1], "2 of the sweep's members failed"]
+        said = log.read_text()
+        found = [line for line in said.splitlines() if line.startswith("error")]
+        assert [re.sub(r"error( in member .*?(other|file/run))?: ", "", line) for line in found] == expected, said
+        assert "Traceback" not in said
+
+
+@pytest.mark.timeout(600)  # five starts of two processes
+def test_every_trouble_is_named_and_torchrun_comes_back_from_the_last_checkpoint(tmp_path, few_dir, command):
     """Two ranks on shards, started again after each trouble of rank 1; in the end the losses of one process alone."""
     (tmp_path / "plugins").mkdir()
     (tmp_path / "plugins/trouble.py").write_text(TROUBLE)
@@ -66,16 +91,14 @@ def test_every_trouble_is_named_and_torchrun_comes_back_from_the_last_checkpoint
         "eval.max_samples=7", "data.workers=0", "task.objectives.itm.negatives=sampled",
         f"plugins=[{tmp_path}/plugins]", "task.objectives.itm._target_=trouble.TroubledITM",
     ]  # fmt: skip
-    alone = run("bt.train", *settings, f"run_dir={tmp_path}/alone")
-    assert alone.returncode == 0, alone.stderr
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=4", "-m", "bt.train"]
+    status, said = command(*settings, f"run_dir={tmp_path}/alone")
+    assert status == 0, said
     ranks = ["trainer.parallel=fsdp", "trainer.timeout_minutes=0.25", f"run_dir={tmp_path}/two"]
-    done = run(*torchrun, *settings, *ranks)
+    done = run(*TORCHRUN, "--max-restarts=4", "-m", "bt.train", *settings, *ranks)
     assert done.returncode == 0, done.stderr
     where = f"rank 1 on {socket.gethostname()}"
     for message in (
         f"error: {where}, step 5, training: out of memory (CUDA out of memory. Tried to allocate 20.00 GiB.); less",
-        "error: out of memory (CUDA out of memory. Tried to allocate 20.00 GiB.); less is needed with a smaller tra",
         f"error: {where}: the loss of itm is not finite at step 7; images: ",
         "error: no progress in 0.25 minutes (trainer.timeout_minutes): ",
     ):

@@ -8,7 +8,7 @@ from torch import nn
 from bt.data.batch import Batch, Texts
 from bt.engine.distributed import World
 from bt.engine.evaluate import evaluate
-from bt.engine.loop import NonFiniteLoss, Trainer
+from bt.engine.loop import NonFiniteLoss, Trainer, Wishes
 from bt.engine.metrics import Means
 from bt.engine.parallel import Parallel
 from bt.tasks.base import Evaluator, Measuring, Result
@@ -73,12 +73,12 @@ def trainer(model, **options) -> Trainer:
 
 def test_loss_weights_scale_the_gradient_and_means_run_over_all_micro_batches():
     model = Model(a=1.0, b=0.5)
-    losses, stopping = trainer(model).train_step(
+    losses, wishes = trainer(model).train_step(
         [make_batch(a=([1.0, 2.0], [0.0, 0.0]), b=([1.0], [1.0])), make_batch(a=([3.0], [0.0]), b=([2.0], [0.0]))]
     )
     # Means over the three resp. two terms, not means of micro-batch means: (4 + 16 + 36) / 3 and (1 + 16) / 2.
     assert losses.tolist() == pytest.approx([56 / 3, 8.5])
-    assert stopping is False
+    assert wishes == Wishes(stop=False, save=False)
     # d/df of the means, times the weight: a: 2 f (1 + 4 + 9) / 3; b: 0.5 * (2 (f - 1) + 2 f 4) / 2.
     assert model.objectives["a"].factor.item() == pytest.approx(2 - 0.1 * 2 * 2 * 14 / 3, rel=1e-5)
     assert model.objectives["b"].factor.item() == pytest.approx(2 - 0.1 * 0.5 * (2 + 16) / 2, rel=1e-6)

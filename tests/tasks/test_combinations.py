@@ -12,6 +12,7 @@ from bt.data.shards import ShardSet
 from bt.data.text import make_tokenizer
 from bt.engine.distributed import World
 from bt.engine.loop import Trainer
+from bt.engine.parallel import Parallel
 from tests.test_config import composed
 
 COMBINATIONS = sorted(path.stem for path in Path(CONF_DIR, "task").glob("pretrain*.yaml"))
@@ -36,7 +37,7 @@ def step(task: str, shards: Path, weights: dict[str, float] | None = None) -> tu
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
     optimizer.param_groups[0]["peak_lr"] = RATE
     before = torch.cat([parameter.detach().flatten().clone() for parameter in model.parameters()])
-    trainer = Trainer(model.train(), optimizer, lambda step: 1.0, world, seed=0)
+    trainer = Trainer(Parallel(model.train(), world), optimizer, lambda step: 1.0, seed=0)
     batches = iter(loaders.train(data, plan, 0, 1))
     losses, _ = trainer.train_step([next(batches) for _ in range(plan.accumulation)])
     after = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])

@@ -8,6 +8,7 @@ import torch
 from bt.data.batch import Batch, Texts
 from bt.engine.distributed import World
 from bt.engine.loop import Trainer
+from bt.engine.parallel import Parallel
 from bt.tasks.base import Context, TaskModel
 from bt.tasks.itc import ITC
 from bt.tasks.itm import ITM
@@ -108,7 +109,8 @@ def test_one_training_step_of_mlm_and_itm():
         weight = model.tower.text_projection.weight
         before = weight.detach().clone()
         optimizer = torch.optim.SGD([{"params": list(model.parameters()), "peak_lr": rate}], lr=rate)
-        trainer = Trainer(model, optimizer, lambda _: 1.0, World(0, 1, torch.device("cpu")), seed=0)
+        alone = Parallel(model, World(0, 1, torch.device("cpu")))
+        trainer = Trainer(alone, optimizer, lambda _: 1.0, seed=0)
         losses, _ = trainer.train_step([batch])
         assert losses.tolist() == pytest.approx([scalars[f"{name}_loss"] for name in objectives], abs=2e-6)
         moved.append(weight.detach() - before)
