@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
@@ -39,24 +39,41 @@ def evaluate(
     predictions: also of the objectives whose figures do not need them. Evaluators go over the batches once more.
     """
     model.eval()
-    measured = Measured()
+    measured, batches = Measured(), Watched(batches)
     with gathered(model):
         if model.batch_metrics:
             measured = _over_batches(model, batches, world, how, predictions)
         for name, evaluator in model.evaluators.items():
             found = evaluator(model, batches, world, how)
             measured.metrics |= {f"{name}/{how.split}/{metric}": value for metric, value in found.items()}
+    measured.skipped = sum(gather_objects(batches.skipped), Counter())
     return measured
+
+
+class Watched:
+    """Batches, and what is left out of them, which counts once however often an evaluator goes over them."""
+
+    def __init__(self, batches: Iterable[Batch]):
+        self.batches = batches
+        self.skipped: Counter = Counter()
+
+    def __iter__(self) -> Iterator[Batch]:
+        passed: Counter = Counter()
+        for batch in self.batches:
+            passed.update(batch.skipped)
+            self.skipped |= passed
+            yield batch
+
+    def __len__(self) -> int:
+        return len(self.batches)
 
 
 def _over_batches(model: nn.Module, batches: Iterable[Batch], world: World, how: Measuring, wanted: bool) -> Measured:
     means = Means(world.device)
-    skipped: Counter = Counter()
     made: dict[str, list[list[dict[str, Any]]]] = {
         name: [] for name, objective in model.objectives.items() if wanted or objective.summarises
     }
     for batch in batches:
-        skipped.update(batch.skipped)
         with autocast(world.device, how.precision):
             results = model(batch.to(world.device))
         for name, result in results.items():
@@ -73,7 +90,7 @@ def _over_batches(model: nn.Module, batches: Iterable[Batch], world: World, how:
     for name, found in rows.items():
         summary = model.objectives[name].summary(found) if found else {}
         metrics |= {f"{name}/{how.split}/{metric}": value for metric, value in summary.items()}
-    return Measured(metrics, rows, sum(gather_objects(skipped), Counter()))
+    return Measured(metrics, rows)
 
 
 def _in_order(parts: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:

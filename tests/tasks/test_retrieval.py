@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from bt.engine.distributed import World
+from bt.engine.evaluate import evaluate as measure
 from bt.errors import ConfigError
 from bt.models.bridgetower import Need
 from bt.tasks import gallery, retrieval
@@ -47,6 +48,17 @@ def recalls(scores: list[list[float]]) -> dict[str, float]:
             hits.append(sum(s >= column[owner] for image, s in enumerate(column) if image != owner) < k)
         found[f"ir_r{k}"] = sum(hits) / len(hits)
     return found
+
+
+def test_bad_images_count_once_without_metrics_of_batches():
+    """Though states for which there is no room make the evaluator go over the batches again."""
+    model, batches = make_model(), make_batches(4)
+    model.batch_metrics, model.evaluators = False, {"retrieval": Retrieval(**OPTIONS["all"], pairs=7)}
+    batches[0].skipped = {"test-000000.tar: cut": 2}
+    batches[3].skipped = {"test-000000.tar: cut": 1, "test-000001.tar: no image": 1}
+    measured = measure(model, batches, ALONE, Measuring("test", cache_bytes=0))
+    assert measured.skipped == {"test-000000.tar: cut": 3, "test-000001.tar: no image": 1}
+    assert measured.metrics.keys() > {"retrieval/test/tr_r1"} and measured.rows == {}
 
 
 @pytest.fixture(scope="module")
