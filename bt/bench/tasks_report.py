@@ -78,7 +78,13 @@ TRIALS = (
     ),
     Trial("SNLI-VE: accuracy", "snli_ve_base", "snli_ve", "snli_ve/test/accuracy", ("trainer.epochs=8",), "hypotheses"),
     Trial(
-        "NLVR2: accuracy", "nlvr2_base", "nlvr2", "nlvr2/test/accuracy", ("trainer.epochs=6",), "statements", "test1"
+        "NLVR2: accuracy",
+        "nlvr2_base",
+        "nlvr2",
+        "nlvr2/test/accuracy",
+        ("trainer.epochs=6", "optimizer.lr=3e-4"),  # at 1e-3 it stays at chance
+        "statements",
+        "test1",
     ),
     Trial(
         "16-way retrieval: mean recall",
