@@ -140,14 +140,20 @@ def retry(arguments: argparse.Namespace, _: list[str]) -> None:
 def sync(arguments: argparse.Namespace, _: list[str]) -> None:
     from bt.sync import sync
 
-    sweep = find(arguments.sweep)
+    sweep, failures = find(arguments.sweep), 0
     for member in chosen(sweep, arguments.members):
         if not (member.run_dir / "metrics.jsonl").is_file():
             print(f"{member.key}: nothing to send yet")
         elif not is_finished(member) and not states.of(sweep, [member])[member.key].ended:
             print(f"{member.key}: its job sends it")
         else:
-            print(f"{member.key}: run {sync(member.run_dir)}")
+            try:
+                print(f"{member.key}: run {sync(member.run_dir)}")
+            except UserError as error:
+                failures += 1
+                print(f"{member.key}: {without_secrets(one_line(error))}", file=sys.stderr)
+    if failures:
+        raise UserError(f"{failures} could not be sent; the same command tries again")
 
 
 if __name__ == "__main__":

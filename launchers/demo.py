@@ -37,8 +37,8 @@ def python(*words: str) -> None:
 
 
 def preempt(sweep: Sweep) -> None:
-    """Takes both nodes away as soon as a member trains."""
-    while not any(state.word == "running" for state in states.of(sweep).values()):
+    """Takes both nodes away in the middle of a member's training."""
+    while not any(state.word == "running" and state.step >= 50 for state in states.of(sweep).values()):
         time.sleep(1)
     print("\nBoth nodes are now needed by the partition `high`:")
     command("sbatch", "-p", "high", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")

@@ -6,7 +6,8 @@
 # `eval "$(launchers/slurm_local.sh env)"` makes sinfo, sbatch and bt find it. Nothing below /etc/slurm or /etc/munge is
 # touched; the nodes' names go to /etc/hosts, because ranks on several nodes look each other up, and leave it on `down`.
 # Partitions: `debug` (default), whose jobs are requeued when `high` needs their nodes. stop-node kills the slurmd of a
-# node and all that runs on it, as a power cut would. Needs Debian's slurm-wlm and munge.
+# node and all that runs on it, as a power cut would. (A node that is started again within a minute may kill its jobs'
+# next attempts, when slurmctld repeats what it could not tell it.) Needs Debian's slurm-wlm and munge.
 set -euo pipefail
 
 DIR=${SLURM_LOCAL_DIR:-/tmp/slurm-local}   # everything is in here
@@ -136,9 +137,13 @@ up() {
 start_node() { mkdir -p "$DIR/spool.$1"; daemon "$1" slurmd -D -N "$1" -f "$SLURM_CONF"; }
 
 stop_node() { # slurmd first, so that it reports nothing of the rest
-  local pid
   running "$1" || fail "$1 does not run"
   kill -KILL "$(pid_of "$1")"
+  kill_steps "$1"
+}
+
+kill_steps() {
+  local pid
   # What ran on the node: its step daemons, which write to its log, and processes whose environment names it.
   for pid in $(ls /proc | grep -E '^[0-9]+$'); do
     if ls -l "/proc/$pid/fd" 2>/dev/null | grep -qF "$DIR/log/slurmd.$1.log" || belongs "$pid" "$1"; then
@@ -159,7 +164,9 @@ down() {
     for n in debug high; do timeout 10 scancel -p "$n" --state=PENDING,RUNNING,SUSPENDED 2>/dev/null || true; done
     for i in $(seq 60); do [ -z "$(timeout 5 squeue -h 2>/dev/null || true)" ] && break; sleep 0.5; done
   fi
-  for n in $(names) slurmctld munged; do end "$n"; done
+  for n in $(names); do end "$n"; kill_steps "$n"; done
+  end slurmctld
+  end munged
   forget_hosts
   [ "${1:-}" != --purge ] || rm -rf "$DIR"
 }
@@ -180,5 +187,5 @@ case "${1:-}" in
   env) echo "export SLURM_CONF=$SLURM_CONF" ;;
   start-node) start_node "$2" ;;
   stop-node) stop_node "$2" ;;
-  *) sed -n '2,10p' "$0"; exit 2 ;;
+  *) sed -n '2,11p' "$0"; exit 2 ;;
 esac

@@ -90,11 +90,13 @@ def _slurm_state(sweep: Sweep, member: Member, found: slurm.JobState | None, min
         return _going(mine, place, found.left)
     if mine.get("state") == "failed":
         return State("failed", mine.get("error", ""), **place)
-    if found is not None and found.state in WORDS:
+    silent = mine.get("state") in ("starting", "running")
+    # A run that is cancelled saves and says so; one that got SIGKILL could not (SLURM calls both cancelled).
+    if found is not None and found.state in WORDS and not (found.state == "CANCELLED" and silent):
         return State(WORDS[found.state], mine.get("error", ""), **place)
     if mine.get("state") == "stopped":
         return State("stopped", mine.get("error", ""), **place)
-    if mine.get("state") in ("starting", "running"):
+    if silent:
         said = f"SLURM: {found.state}" if found else "SLURM has forgotten it"
         return State("killed", f"ended without a word ({said})", **place)
     why = _last_line(slurm.log_files(sweep, place["job"]))

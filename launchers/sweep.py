@@ -180,7 +180,9 @@ def from_hydra(kind: str, config: DictConfig) -> Sweep:
     directory = Path(config.hydra.sweep.dir).resolve()
     known = read(directory) if (directory / SPEC).exists() else None
     launcher = {key: value for key, value in record(config, "hydra.launcher").items() if key != "_target_"}
-    command = [str(word) for word in config.hydra.overrides.hydra] + [str(w) for w in config.hydra.overrides.task]
+    # Unresolved: an entry that was read from the node itself would be the value of its ${oc.env:...}.
+    words = OmegaConf.to_container(config.hydra.overrides, resolve=False)
+    command = [*words["hydra"], *words["task"]]
     sweep = Sweep(directory, Path.cwd(), kind, launcher)
     if known:
         sweep.members, sweep.commands = known.members, known.commands

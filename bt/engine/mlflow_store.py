@@ -52,7 +52,16 @@ def make_client(uri: str, timeout_seconds: int) -> Any:
         from mlflow import MlflowClient
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    return MlflowClient(tracking_uri=uri)
+    with _making_tables(uri):
+        return MlflowClient(tracking_uri=uri)
+
+
+def _making_tables(uri: str) -> contextlib.AbstractContextManager[None]:
+    """One process at a time opens an SQLite file: those that find it new would all make its tables."""
+    path = Path(uri.removeprefix("sqlite:///"))
+    if not uri.startswith("sqlite:///") or not path.parent.is_dir():
+        return contextlib.nullcontext()
+    return locked(path.with_name(f".{path.name}.lock"))
 
 
 def create_once(client: Any, cursor: Cursor, experiment_id: str, name: str, tags: Mapping[str, str]) -> str:

@@ -49,7 +49,7 @@ class Submitted:
         self.six = [
             *TINY, f"data.dir={data}", "trainer.micro_batch=8,4,3,2,1,null", "hydra/launcher=slurm", on("n1"),
             "hydra.launcher.array_parallelism=2", f"hydra.launcher.name={quoted(evil)}",
-            "tracking.uri=${oc.env:BT_TEST_STORE}", "tracking.timeout_seconds=1", f"tracking.experiment={quoted(evil)}",
+            "tracking.uri=${oc.env:BT_TEST_STORE}", f"tracking.experiment={quoted(evil)}",
         ]  # fmt: skip
         plain = [f"data.dir={data}", "tracking=none", "hydra/launcher=slurm"]
         self.limited = [
@@ -59,11 +59,7 @@ class Submitted:
         self.data = data
 
     def submit(self, name: str, overrides: list[str]) -> subprocess.CompletedProcess:
-        old = os.umask(0o027)
-        try:
-            return run("launchers", "submit", "--name", name, *overrides, cwd=self.root, **self.store)
-        finally:
-            os.umask(old)
+        return run("launchers", "submit", "--name", name, *overrides, cwd=self.root, **self.store)
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +68,7 @@ def submitted(cluster, tmp_path_factory, few_dir):
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     made = Submitted(root, few_dir, port)
+    before = os.umask(0o027)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         began = time.monotonic()
@@ -82,6 +79,7 @@ def submitted(cluster, tmp_path_factory, few_dir):
         for answer in made.answers.values():
             assert answer.returncode == 0, answer.stderr
         yield made
+        os.umask(before)
         if made.waiting.poll() is None:
             made.waiting.kill()
 
@@ -97,16 +95,26 @@ def test_a_killed_member_is_shown_and_a_dead_node_is_survived(submitted, cluster
     cluster.command("scancel", "--signal=KILL", jobs[killed.key][-1])
     until(lambda: states.of(pair)[killed.key].ended, 30, "the killed member is noticed")
     state = states.of(pair)[killed.key]
-    assert state.word == "killed" and "without a word" in state.why and state.step >= 45
+    # SLURM sends SIGTERM before, and the run may have had the time to save.
+    assert state.word in ("cancelled", "killed") and state.step >= 45
     before = len(logged_steps(moved.run_dir))
     cluster.script("stop-node", "n2")
     until(lambda: "down" in cluster.command("sinfo", "-h", "-n", "n2", "-o", "%T"), 90, "n2 is down")
+    until(lambda: states.of(pair)[moved.key].word == "requeued", 60, "the other member is requeued")
+    cluster.command("scontrol", "update", f"jobid={jobs[moved.key][-1]}", "reqnodelist=n1")
+    # It goes on in the same job; `retry` submits the killed one alone.
+    retry(submitted)
+    until(lambda: states.of(pair)[moved.key].word == "running", 90, "the other member goes on")
     cluster.script("start-node", "n2")
-    # The other one goes on in the same job, `retry` submits the killed one alone.
-    done = run("launchers", "retry", "pair", cwd=submitted.root)
-    assert done.returncode == 0 and "1 of 2 submitted" in done.stdout, done.stderr
+    until(lambda: states.of(pair)[killed.key].word == "running", 90, "it trains again")
+    until(lambda: len(logged_steps(killed.run_dir)) > state.step + 10, 60, "it has gone on")
+    os.kill(json.loads((killed.run_dir / "heartbeat.json").read_text())["pid"], signal.SIGKILL)  # as for lack of memory
+    until(lambda: states.of(pair)[killed.key].ended, 30, "it is noticed again")
+    state = states.of(pair)[killed.key]
+    assert (state.word, state.why) == ("killed", "ended without a word (SLURM: FAILED)")
+    retry(submitted)
     until(lambda: all(s.word == "finished" for s in states.of(pair).values()), 150, "both have finished")
-    assert pair.jobs()[moved.key] == jobs[moved.key] and len(pair.jobs()[killed.key]) == 2
+    assert pair.jobs()[moved.key] == jobs[moved.key] and len(pair.jobs()[killed.key]) == 3
     for member in (killed, moved):
         assert logged_steps(member.run_dir) == list(range(1, 201))
     beat = json.loads((moved.run_dir / "heartbeat.json").read_text())
@@ -120,13 +128,17 @@ def test_a_killed_member_is_shown_and_a_dead_node_is_survived(submitted, cluster
     assert (submitted.waiting.returncode, "1 of the sweep's members failed" in err) in ((1, True), (0, False)), err
 
 
-def test_what_does_not_compose_is_refused_before_anything_is_submitted(submitted, cluster):
-    answer = submitted.submit("refused", [*TINY, "seed=0,-1", "hydra/launcher=slurm"])
-    assert answer.returncode == 1 and len(answer.stderr.splitlines()) == 1
-    assert "member seed=-1" in answer.stderr and "out of range" in answer.stderr
-    assert not (submitted.root / "sweeps/refused/sweep.yaml").exists()
-    answer = submitted.submit("refused", [*TINY, "hydra/launcher=slurm", "hydra.launcher.partition=nosuch"])
-    assert answer.returncode == 1 and "sbatch refuses" in answer.stderr and "nosuch" not in cluster.command("squeue")
+def retry(submitted) -> None:
+    done = run("launchers", "retry", "pair", cwd=submitted.root)
+    assert done.returncode == 0 and "1 of 2 submitted" in done.stdout, done.stderr
+
+
+def test_what_slurm_refuses_is_one_line(submitted, cluster):
+    words = [*TINY, f"data.dir={submitted.data}", "tracking=none", "hydra/launcher=slurm"]
+    answer = submitted.submit("refused", [*words, "hydra.launcher.partition=nosuch"])
+    assert answer.returncode == 1 and len(answer.stderr.splitlines()) == 1, answer.stderr
+    assert answer.stderr.startswith("error: sbatch refuses: ") and "invalid partition" in answer.stderr
+    assert not find("refused").jobs()
 
 
 def test_six_members_two_at_a_time(submitted, cluster):
@@ -248,7 +260,8 @@ def test_a_time_limit_shorter_than_the_run(submitted, cluster):
     assert text.count("requeueing job") == beat["attempt"]
     # Nothing is lost: each attempt goes on where the one before said that it stopped.
     stopped, continued = turns(text)
-    assert stopped == continued and stopped
+    # A signal after the last step finds nothing to save: the next attempt evaluates again.
+    assert stopped and stopped == [step for step in continued if step < 450]
 
 
 def turns(text: str) -> tuple[list[int], list[int]]:

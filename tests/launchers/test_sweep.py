@@ -140,6 +140,8 @@ def test_a_launchers_values_from_the_environment_are_not_written(tmp_path, monke
         ({"state": "running"}, "TIMEOUT", "timed out", ""),
         ({"state": "running"}, "NODE_FAIL", "killed", ""),
         ({"state": "stopped"}, "CANCELLED", "cancelled", ""),
+        ({"state": "running"}, "CANCELLED", "killed", "without a word"),
+        ({}, "CANCELLED", "cancelled", ""),
         ({"state": "stopped"}, "PENDING", "requeued", ""),
         ({}, "PENDING", "waiting", ""),
         ({}, "FAILED", "failed", "before it started (FAILED)"),
