@@ -10,6 +10,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Sequence
 from functools import partial
 
@@ -18,7 +19,7 @@ from bt.config.entry import one_line
 from bt.engine.mlflow_store import without_secrets
 from bt.errors import ConfigError, UserError
 from launchers import actions, local, slurm, states
-from launchers.sweep import Member, Sweep, find, is_finished
+from launchers.sweep import Member, Sweep, find
 
 
 def main() -> None:
@@ -75,15 +76,19 @@ def compose(arguments: argparse.Namespace, overrides: list[str]) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", arguments.name):
             raise UserError(f"--name {arguments.name!r} names a directory: use letters, digits, '.', '_' and '-' only")
         overrides = [*overrides, f"hydra.sweep.dir=sweeps/{arguments.name}"]
-    sys.argv[1:] = [*overrides, *([] if {"-m", "--multirun"} & set(overrides) else ["-m"])]
+    with tempfile.TemporaryDirectory() as nowhere:
+        if arguments.command == "plan":  # Hydra writes a file of its own there
+            overrides = [*overrides, f"hydra.sweep.dir={nowhere}"]
+        sys.argv[1:] = [*overrides, *([] if {"-m", "--multirun"} & set(overrides) else ["-m"])]
+        without_launcher()
 
-    @entry("config", Config)
-    def without_launcher(cfg: Config) -> None:
-        error = ConfigError(f"choose hydra/launcher={' or hydra/launcher='.join(actions.KINDS)}")
-        error.ends_sweep = True
-        raise error
 
-    without_launcher()
+@entry("config", Config)
+def without_launcher(cfg: Config) -> None:
+    """What Hydra calls where no launcher takes the members."""
+    error = ConfigError(f"choose hydra/launcher={' or hydra/launcher='.join(actions.KINDS)}")
+    error.ends_sweep = True
+    raise error
 
 
 def chosen(sweep: Sweep, keys: Sequence[str]) -> list[Member]:
@@ -138,14 +143,19 @@ def retry(arguments: argparse.Namespace, _: list[str]) -> None:
 
 
 def sync(arguments: argparse.Namespace, _: list[str]) -> None:
+    from bt.engine.tracking import close
     from bt.sync import sync
 
     sweep, failures = find(arguments.sweep), 0
-    for member in chosen(sweep, arguments.members):
-        if not (member.run_dir / "metrics.jsonl").is_file():
-            print(f"{member.key}: nothing to send yet")
-        elif not is_finished(member) and not states.of(sweep, [member])[member.key].ended:
+    for key, state in states.of(sweep, chosen(sweep, arguments.members)).items():
+        member = sweep.members[key]
+        if not state.ended:
             print(f"{member.key}: its job sends it")
+            continue
+        if state.word != "finished":  # a job that was killed, or cancelled before it started, has not ended its run
+            close(member.run_dir, "FAILED" if state.word == "failed" else "KILLED")
+        if not (member.run_dir / "metrics.jsonl").is_file():
+            print(f"{member.key}: nothing to send")
         else:
             try:
                 print(f"{member.key}: run {sync(member.run_dir)}")

@@ -54,6 +54,11 @@ def launch(
 
 def submit(sweep: Sweep, configs: dict[str, Config], overrides: list[list[str]]) -> list[None]:
     """Submits what is missing and returns at once."""
+    return [None] * len(submit_missing(sweep, configs, overrides))
+
+
+def submit_missing(sweep: Sweep, configs: dict[str, Config], overrides: list[list[str]]) -> list[Member]:
+    """Makes the members, submits those that have neither finished nor are on their way, and returns all."""
     with sweep.lock():
         members = add_members(sweep, configs, overrides)
         sweep.write()
@@ -61,7 +66,7 @@ def submit(sweep: Sweep, configs: dict[str, Config], overrides: list[list[str]])
         links = register(sweep, todo)
         start(sweep, todo)
     _say_submitted(sweep, members, todo, found, links)
-    return [None] * len(members)
+    return members
 
 
 def start(sweep: Sweep, members: Sequence[Member]) -> None:
@@ -145,8 +150,7 @@ def wait_for_all(sweep: Sweep, configs: dict[str, Config], overrides: list[list[
     Raises UserError when some have failed, after all have ended.
     """
     if sweep.kind == "slurm":
-        submit(sweep, configs, overrides)
-        members = [next(m for m in sweep.members.values() if list(m.overrides) == words) for words in overrides]
+        members = submit_missing(sweep, configs, overrides)
         try:
             _wait(sweep, members)
         except KeyboardInterrupt as error:

@@ -38,8 +38,12 @@ def python(*words: str) -> None:
 
 def preempt(sweep: Sweep) -> None:
     """Takes both nodes away in the middle of a member's training."""
-    while not any(state.word == "running" and state.step >= 50 for state in states.of(sweep).values()):
+    found = []
+    while not any(state.word == "running" and state.step >= 50 for state in found):
+        if found and all(state.ended for state in found):
+            return  # `status` says why
         time.sleep(1)
+        found = states.of(sweep).values()
     print("\nBoth nodes are now needed by the partition `high`:")
     command("sbatch", "-p", "high", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
     time.sleep(4)

@@ -72,9 +72,10 @@ class Preemption:
         if not self.main or heartbeat.failed(self.run_dir):
             return
         heartbeat.write_end(self.run_dir, "stopped", reason)
-        job = os.environ.get("SLURM_JOB_ID")
-        if job is None:
+        if "SLURM_JOB_ID" not in os.environ:
             return
+        # "12_3" for a task of an array: its $SLURM_JOB_ID may be 12, which would name all of them.
+        job = str(heartbeat.job_id())
         # `scontrol requeue` would bring a cancelled job back to life.
         state = _command("squeue", "-h", "-j", job, "-o", "%T")
         if state != "RUNNING":
@@ -129,6 +130,10 @@ def _fail(run_dir: Path, error: Exception) -> None:
         traceback.print_exc()
     heartbeat.write_end(run_dir, "failed", reason)
     print(f"error: {reason}", file=sys.stderr, flush=True)
+    if int(os.environ.get("RANK", 0)) == 0:
+        from bt.engine.tracking import close
+
+        close(run_dir, "FAILED")
     sys.exit(1)
 
 

@@ -6,6 +6,7 @@ Submitit's own local executor starts all members at once; here `max_parallel` ru
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import signal
@@ -18,10 +19,12 @@ from pathlib import Path
 
 from bt.config.entry import one_line
 from bt.engine import heartbeat
+from bt.engine.mlflow_store import locked
 from bt.errors import ConfigError, UserError
 from launchers.sweep import Member, Sweep, read
 
 LOGS = "logs"  # below the sweep's directory
+LOCK = ".queue.lock"  # in LOGS: held while members are started or cancelled
 
 
 def check(params: dict) -> None:
@@ -70,7 +73,9 @@ class Queue:
         self.sweep, self.members = sweep, list(members)
         self.job = name_of(os.getpid())
         self.places = slots(sweep.params())
-        self.running: dict[int, tuple[subprocess.Popen, Member]] = {}
+        self.running: dict[int, subprocess.Popen] = {}
+        self.logs = sweep.dir / LOGS
+        self.logs.mkdir(exist_ok=True)
         self.stopping = False
 
     def run(self) -> None:
@@ -80,10 +85,10 @@ class Queue:
         try:
             while self.running or (waiting and not self.stopping):
                 for place in range(len(self.places)):
-                    if place in self.running and self.running[place][0].poll() is not None:
+                    if place in self.running and self.running[place].poll() is not None:
                         del self.running[place]
                     if place not in self.running and waiting and not self.stopping:
-                        self.running[place] = self._start(waiting.pop(0), self.places[place])
+                        self._fill(place, waiting)
                 time.sleep(0.1)
         finally:
             for number, handler in previous.items():
@@ -91,18 +96,32 @@ class Queue:
         if self.stopping:
             raise UserError("stopped; the same command goes on from there")
 
-    def _start(self, member: Member, gpus: list[str]) -> tuple[subprocess.Popen, Member]:
+    def _fill(self, place: int, waiting: list[Member]) -> None:
+        """Starts the next member at a place, unless another queue of this sweep has one there, alive or left over."""
+        name = "+".join(self.places[place]) or str(place)
+        with open(self.logs / f".place-{name}", "a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return
+            with locked(self.logs / LOCK):
+                member = waiting.pop(0)
+                beat = heartbeat.read(member.run_dir)
+                if (beat.get("job"), beat.get("state")) != (self.job, "stopped"):  # else `cancel` was here first
+                    # The member inherits the lock and holds it as long as it lives.
+                    self.running[place] = self._start(member, self.places[place], lock.fileno())
+
+    def _start(self, member: Member, gpus: list[str], lock: int) -> subprocess.Popen:
         command = [sys.executable, "-u"]
         if len(gpus) > 1:
             command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={len(gpus)}"]
-        around = os.environ | {"BT_JOB": self.job}
+        # A job of SLURM that the queue itself runs in is not the members' to requeue.
+        around = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")} | {"BT_JOB": self.job}
         # A process that the queue does not share its cores with would take them all.
         around.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // len(self.places))))
         if gpus:
             around["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
-        path = log_file(self.sweep, member)
-        path.parent.mkdir(exist_ok=True)
-        with open(path, "ab") as log:
+        with open(log_file(self.sweep, member), "ab") as log:
             process = subprocess.Popen(
                 [*command, "-m", "launchers.job", str(member.run_dir)],
                 cwd=self.sweep.cwd,
@@ -111,12 +130,15 @@ class Queue:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,  # Ctrl-C is the queue's to pass on
+                pass_fds=[lock],
             )
-        return process, member
+        own = {"pid": process.pid, "process_start": heartbeat.process_start(process.pid)}
+        heartbeat.write(member.run_dir, "starting", job=self.job, **own)
+        return process
 
     def _stop(self, number: int, frame: object) -> None:
         self.stopping = True
-        for process, _ in list(self.running.values()):
+        for process in list(self.running.values()):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGTERM)
 
@@ -138,17 +160,22 @@ def submit(sweep: Sweep, members: Sequence[Member]) -> dict[str, str]:
 
 
 def cancel(sweep: Sweep, members: Sequence[Member]) -> None:
-    """Asks queues to end, with all that runs in them, and members whose queue is gone."""
+    """Asks members that run to end, and marks those that wait, which their queue then leaves out."""
+    if not members:
+        return
     jobs = sweep.jobs()
-    for job in {jobs[member.key][-1] for member in members if member.key in jobs}:
-        host, pid, _ = job.rsplit(":", 2)
-        if host == socket.gethostname() and runs(job):
-            os.kill(int(pid), signal.SIGTERM)
-    for member in members:
-        beat = heartbeat.read(member.run_dir)
-        if beat.get("state") in ("starting", "running") and lives(beat) and beat["host"] == socket.gethostname():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(beat["pid"], signal.SIGTERM)
+    with locked(sweep.dir / LOGS / LOCK):
+        for member in members:
+            job = jobs[member.key][-1]
+            if job.rsplit(":", 2)[0] != socket.gethostname():
+                raise UserError(f"member {member.key} is one of another machine: cancel it on {job.rsplit(':', 2)[0]}")
+            beat = heartbeat.read(member.run_dir)
+            if beat.get("job") != job:
+                kept = {key: beat[key] for key in ("step", "total") if key in beat}
+                heartbeat.write(member.run_dir, "stopped", job=job, error="cancelled before it started", **kept)
+            elif beat["state"] in ("starting", "running") and lives(beat):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(beat["pid"], signal.SIGTERM)
 
 
 def lives(beat: dict) -> bool:

@@ -6,6 +6,7 @@
 #   MLFLOW_SERVER_DIR   the database, artifacts and logs (default mlflow-server in the working directory)
 #   MLFLOW_SERVER_HOST  address to listen on (default 127.0.0.1; MLflow asks nobody for a password)
 #   MLFLOW_SERVER_PORT  default 5000
+#   MLFLOW_SERVER_ALLOWED_HOSTS  names in tracking.uri that MLflow answers to (default: this machine's, private addresses)
 #   PYTHON              with the extra `tracking` installed (default python)
 # Runs take the server by tracking.uri=http://HOST:PORT or $MLFLOW_TRACKING_URI. PostgreSQL (Debian's package postgresql)
 # listens on a socket in MLFLOW_SERVER_DIR alone; root runs it as the user postgres, because it refuses to be root's.
@@ -50,6 +51,10 @@ psql() { owner "$BIN/psql" -h "$DIR/socket" -U mlflow -d postgres -tAqc "$1"; }
 [ -n "$(psql "select 1 from pg_database where datname = 'mlflow'")" ] || psql 'create database mlflow'
 
 echo "MLflow: http://$HOST:$PORT, with PostgreSQL in $DIR"
+# MLflow alone would refuse the jobs of a cluster that call it by the name of this machine.
+allowed="10.*,172.*,192.168.*"
+for name in localhost 127.0.0.1 "$HOST" "$(hostname -s)" "$(hostname -f)"; do allowed+=",$name,$name:*"; done
+export MLFLOW_SERVER_ALLOWED_HOSTS=${MLFLOW_SERVER_ALLOWED_HOSTS:-$allowed}
 "$PYTHON" -m mlflow server --host "$HOST" --port "$PORT" --artifacts-destination "$DIR/files" \
   --backend-store-uri "postgresql+psycopg2://mlflow@/mlflow?host=$DIR/socket" &
 server=$!

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import torch
 
-from bt.assemble import Data, build_model, find_tokenizer
+from bt.assemble import Data, build_model, find_tokenizer, open_shards
 from bt.config import Config, read_config
-from bt.data.shards import ShardSet
 from bt.engine.distributed import World
 from bt.engine.progress import table
 from bt.errors import UserError
@@ -85,7 +84,7 @@ def measure(cfg: Config, ranks: int, known: tuple[int, int] | None) -> tuple[int
 
     The model is built without memory, on the meta device. known: of a member with the same model.
     """
-    shards = ShardSet(cfg.data.dir, cfg.data.train_split, cfg.data.cache_dir)
+    shards = open_shards(cfg.data, cfg.data.train_split)
     tokenizer = find_tokenizer(cfg, Path("nowhere"), shards)
     with torch.device("meta"):
         model = build_model(cfg, tokenizer, shards.labels, pretrained=False)

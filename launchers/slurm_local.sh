@@ -10,7 +10,7 @@
 # next attempts, when slurmctld repeats what it could not tell it.) Needs Debian's slurm-wlm and munge.
 set -euo pipefail
 
-DIR=${SLURM_LOCAL_DIR:-/tmp/slurm-local}   # everything is in here
+DIR=${SLURM_LOCAL_DIR:-/run/slurm-local}   # everything is in here; nobody but root may be able to make it
 NODES=${SLURM_LOCAL_NODES:-2}              # named n1, n2, ...
 CPUS=${SLURM_LOCAL_CPUS:-4}                # each node claims; may be more than there are
 MEMORY=${SLURM_LOCAL_MEMORY:-8000}         # MB each node claims
@@ -49,17 +49,18 @@ end() { # NAME: asks, waits 10 s, then kills
 
 names() { seq -f 'n%.0f' "$NODES"; }
 
-forget_hosts() { # /etc/hosts may be a bind mount, which cannot be renamed over
-  local rest
-  grep -qF "$MARK" /etc/hosts || return 0
+hosts() { # NODE ...: as this SLURM's only nodes. /etc/hosts may be a bind mount, which cannot be renamed over
+  local rest n
+  exec 9</etc/hosts
+  flock 9
   rest=$(grep -vF "$MARK" /etc/hosts || true)
-  printf '%s\n' "$rest" >/etc/hosts
+  { printf '%s\n' "$rest"; for n in "$@"; do echo "127.0.0.1 $n $MARK"; done; } >/etc/hosts
+  exec 9<&-
 }
 
 configure() {
   local host; host=$(hostname -s)
-  forget_hosts
-  for n in $(names); do echo "127.0.0.1 $n $MARK" >>/etc/hosts; done
+  hosts $(names)
   cat >"$SLURM_CONF" <<CONF
 ClusterName=local
 SlurmctldHost=$host(127.0.0.1)
@@ -167,7 +168,7 @@ down() {
   for n in $(names); do end "$n"; kill_steps "$n"; done
   end slurmctld
   end munged
-  forget_hosts
+  hosts
   [ "${1:-}" != --purge ] || rm -rf "$DIR"
 }
 

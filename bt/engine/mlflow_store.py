@@ -46,6 +46,7 @@ def make_client(uri: str, timeout_seconds: int) -> Any:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(timeout_seconds))
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # with a password, if the address has one
     with _importing:
         import mlflow.entities
         import mlflow.store.tracking.sqlalchemy_store  # noqa: F401  (otherwise imported at the first request)

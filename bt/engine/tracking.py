@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bt.config import TrackingConfig
+from bt.config import TrackingConfig, read_config
 from bt.engine.mlflow_store import JOURNAL, Cursor, Sender, default_uri, without_secrets
 from bt.errors import DataError, UserError
 
@@ -154,6 +154,14 @@ class Mirror:
             log.info(f"tracking: {without_secrets(self.uri)} answers again, all has been sent")
         self.unreachable = False
         return True
+
+
+def close(run_dir: Path, status: str) -> None:
+    """Ends the run in the store of one whose training never came so far, as "FAILED" or "KILLED"; else nothing."""
+    cursor = Cursor(run_dir)
+    if cursor.get("run_id") and not cursor.get("final") and not cursor.get("sent"):
+        cfg = read_config(run_dir)
+        Mirror(cfg.tracking, run_dir, cfg.name, cursor.get("tags", {})).finish(status)
 
 
 def _reason(error: Exception) -> str:

@@ -15,8 +15,11 @@ STEPS = 200
 ROOT = Path(__file__).parents[2]
 
 
-def write_side_by_side(uri: str, sweep_dir: Path, count: int) -> None:
-    """Each process writes the journal of sweep_dir/<number> and sends it; all have sent everything."""
+def write_side_by_side(uri: str, sweep_dir: Path, count: int) -> str:
+    """Each process writes the journal of sweep_dir/<number> and sends it; all have sent everything.
+
+    Returns what they have printed.
+    """
     processes = []
     for number in range(count):
         run_dir = sweep_dir / str(number)
@@ -25,15 +28,18 @@ def write_side_by_side(uri: str, sweep_dir: Path, count: int) -> None:
         cfg.task.metric, cfg.data.dir = "vqa/val/score", "shards"
         write_config(cfg, run_dir)
         words = [sys.executable, "-m", "tests.engine.writers", uri, str(run_dir), str(sweep_dir)]
-        processes.append(subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True))
-    for process in processes:
-        _, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err
+        around = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": ROOT}
+        processes.append(subprocess.Popen(words, **around))
+    printed = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * count, printed
+    return "".join(printed)
 
 
 def write(uri: str, run_dir: Path, sweep_dir: Path) -> bool:
-    tracking.SEND_EVERY = 0.05
-    mirror = Mirror(TrackingConfig(uri=uri), run_dir, run_dir.name, {"git_revision": "abc"}, sweep_dir=sweep_dir)
+    tracking.SEND_EVERY, tracking.FINISH_WITHIN = 0.05, 250.0  # however busy the machine is
+    mirror = Mirror(
+        TrackingConfig(uri=uri, timeout_seconds=60), run_dir, run_dir.name, {"git_revision": "abc"}, sweep_dir=sweep_dir
+    )
     journal = Journal(run_dir)
     for step in range(1, STEPS + 1):
         journal.append({"step": step, "vqa/train/loss": 1 / step, "lr/base": 0.1 * step})
