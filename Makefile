@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help test-cluster venv demo test smoke bench lint format baselines clean tasks-report soak slurm-local slurm-demo mlflow-server
+.PHONY: help venv demo test smoke bench lint format baselines clean tasks-report soak slurm-local slurm-demo mlflow-server
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -28,9 +28,6 @@ test: $(VENV)/.installed  ## Run the tests (about 13 minutes on 2 cores)
 
 smoke: $(VENV)/.installed  ## Run every experiment end to end, with tiny encoders on a few samples (about 2 minutes on 2 cores)
 	$(RUN) -m bt.smoke
-
-test-cluster: $(VENV)/.installed  ## Run the tests of sweeps in jobs: local, on a real SLURM and PostgreSQL where they are (root)
-	$(RUN) -m pytest -m cluster
 
 soak: $(VENV)/.installed  ## Interrupt runs at random moments, again and again (about 25 minutes; SLURM's part needs root)
 	$(RUN) -m pytest -m soak

@@ -26,7 +26,7 @@ class Cluster:
         return self.command(str(ROOT / "launchers/slurm_local.sh"), *words)
 
     def command(self, *words: str) -> str:
-        done = subprocess.run(words, env=os.environ | self.around, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(words, env=os.environ | self.around, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout.strip()
 
@@ -36,14 +36,18 @@ def cluster(tmp_path_factory):
     """A real SLURM, started for these tests alone; its clients find it by the environment."""
     if os.geteuid() != 0:
         pytest.skip("a local SLURM needs root")
+    if not os.access("/etc/hosts", os.W_OK):
+        pytest.skip("a local SLURM writes its nodes' names to /etc/hosts, which is read-only here")
     paths = os.environ["PATH"] + ":/usr/sbin:/sbin"
     missing = [name for name in ("munged", "slurmctld", "slurmd", "sbatch") if not shutil.which(name, path=paths)]
     if missing:
         pytest.skip(f"SLURM is not installed ({', '.join(missing)} not found): apt-get install -y slurm-wlm munge")
     made = Cluster(tmp_path_factory.mktemp("slurm"))
-    made.script("up")
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in made.around.items():
-            patch.setenv(name, value)
-        yield made
-    made.script("down", "--purge")
+    try:
+        made.script("up")
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in made.around.items():
+                patch.setenv(name, value)
+            yield made
+    finally:
+        made.script("down", "--purge")

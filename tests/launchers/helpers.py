@@ -9,9 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file
+
 ROOT = Path(__file__).parents[2]
 PLUGINS = Path(__file__).parent
 TINY = ["experiment=easy_vqa", "trainer=smoke", "trainer.threads=1"]
+PATIENCE = 300.0  # seconds: far more than anything takes on a busy machine
 
 
 def steps(count: int, every: int = 20) -> list[str]:
@@ -23,9 +27,10 @@ def steps(count: int, every: int = 20) -> list[str]:
     ]  # fmt: skip
 
 
-def slow(seconds: float) -> list[str]:
-    """So many seconds more for each step."""
-    return [f"plugins=[{PLUGINS}]", "bridge._target_=slow_bridges.SlowBridge", f"+bridge.seconds={seconds}"]
+def slow(seconds: float, gate: Path) -> list[str]:
+    """So many seconds more for each step, until the file `gate` is there: no test depends on the machine's speed."""
+    bridge = ["bridge._target_=slow_bridges.SlowBridge", f"+bridge.seconds={seconds}", f"+bridge.gate={gate}"]
+    return [f"plugins=[{PLUGINS}]", *bridge]
 
 
 def start(*words: object, cwd: Path, start_new_session: bool = False, **around: str) -> subprocess.Popen:
@@ -41,17 +46,24 @@ def start(*words: object, cwd: Path, start_new_session: bool = False, **around: 
     )
 
 
-def run(*words: object, cwd: Path, **around: str) -> subprocess.CompletedProcess:
-    process = start(*words, cwd=cwd, **around)
-    out, err = process.communicate(timeout=240)
+def finish(process: subprocess.Popen) -> subprocess.CompletedProcess:
+    """Its end, with what it has said."""
+    try:
+        out, err = process.communicate(timeout=PATIENCE)
+    finally:
+        process.kill()
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-def until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
+def run(*words: object, cwd: Path, **around: str) -> subprocess.CompletedProcess:
+    return finish(start(*words, cwd=cwd, **around))
+
+
+def until(condition: Callable[[], Any], what: str) -> Any:
     """What `condition` returns once it is true."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + PATIENCE
     while not (value := condition()):
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        assert time.monotonic() < deadline, f"not within {PATIENCE} s: {what}"
         time.sleep(0.2)
     return value
 
@@ -65,8 +77,22 @@ def journal(run_dir: Path) -> list[dict]:
 def lines(run_dir: Path) -> list[dict]:
     """The journal without what depends on the time of day."""
     timing = ("time", "pairs_per_second", "data_wait_share")
-    return [{k: v for k, v in line.items() if k not in timing} for line in journal(run_dir)]
+    return [
+        {key: value for key, value in line.items() if key not in timing and not key.startswith("system/")}
+        for line in journal(run_dir)
+    ]
 
 
 def logged_steps(run_dir: Path) -> list[int]:
     return [line["step"] for line in journal(run_dir) if "vqa/train/loss" in line]
+
+
+def check_same(interrupted: Path, whole: Path) -> None:
+    """The same lines, metrics and weights, bit for bit, as a run that nothing has interrupted."""
+    assert lines(interrupted) == lines(whole)
+    reports = [json.loads((run_dir / "report.json").read_text())["metrics"] for run_dir in (interrupted, whole)]
+    assert reports[0] == reports[1]
+    for part in ("model", "optimizer"):
+        file = f"checkpoints/last/{part}.safetensors"
+        one, other = load_file(interrupted / file), load_file(whole / file)
+        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)

@@ -4,12 +4,16 @@ import json
 import math
 
 import pytest
+from mlflow import MlflowClient
 from omegaconf import OmegaConf
 
+from bt.config import Config, compose_run, write_config
 from bt.config.record import record
 from bt.engine import heartbeat
+from bt.engine.mlflow_store import Cursor
 from launchers import slurm, states
 from launchers.__main__ import main
+from launchers.actions import register
 from launchers.sweep import Member, Sweep, find, short_labels
 from tests.launchers.helpers import TINY
 
@@ -89,9 +93,18 @@ def test_plan_prices_a_sweep_and_leaves_nothing(command, tmp_path, few_dir):
     assert float(rows[0][3]) == pytest.approx(hours, abs=1e-4)
     assert int(rows[1][4].replace(",", "")) == 162189, "the parameters that a report of this model names"
     assert f"2 jobs, at most 16 at a time; {2 * 4 * hours:.2f} hours of GPUs" in out
-    assert not list(tmp_path.rglob("config.yaml")) and not list(tmp_path.rglob("sweep.yaml"))
+    assert not list(tmp_path.iterdir())
     status, out, _ = command(*words)
     assert status == 0 and "hours of GPUs unknown: give --pairs-per-second or --like RUN_DIR" in out
+    # As fast per rank as a run of the same encoders on two ranks.
+    like = tmp_path / "like"
+    like.mkdir()
+    (like / "report.json").write_text(json.dumps({"pairs_per_second": 0.25, "world_size": 2}))
+    write_config(compose_run(*TINY, "cross=small"), like)
+    assert "has another encoder or cross" in command(*words, "--like", str(like))[2]
+    write_config(compose_run(*TINY), like)
+    status, out, error = command(*words, "--like", str(like))
+    assert status == 0 and f"{2 * 4 * hours:.2f} hours of GPUs" in out, error
     # A batch that does not divide among the ranks is found here, not in the job.
     status, _, error = command(*words, "hydra.launcher.nodes=3", "--pairs-per-second", "1")
     assert status == 1 and "global_batch=8 is not a multiple of 6 ranks" in error
@@ -129,6 +142,26 @@ def test_a_launchers_values_from_the_environment_are_not_written(tmp_path, monke
         sweep.write()
     assert "hunter2" not in (tmp_path / "s/sweep.yaml").read_text()
     assert find(str(tmp_path / "s")).params() == {"account": "hunter2"}
+
+
+def test_sync_ends_the_run_of_a_member_that_was_cancelled_before_it_started(command, tmp_path, monkeypatch):
+    cfg = Config(name="one")
+    cfg.task.metric, cfg.data.dir, cfg.tracking.uri = "vqa/val/score", "shards", f"sqlite:///{tmp_path}/mlflow.db"
+    member = Member("abc", ("seed=0",), tmp_path / "sweeps/one/abc", "seed=0")
+    member.run_dir.mkdir(parents=True)
+    write_config(cfg, member.run_dir)
+    sweep = Sweep(tmp_path / "sweeps/one", tmp_path, "slurm", {}, {"abc": member})
+    sweep.write()
+    sweep.add_jobs({"abc": "7"})
+    monkeypatch.setattr(slurm, "states", lambda jobs: {job: slurm.JobState("CANCELLED") for job in jobs})
+    Cursor(member.run_dir).set(sweep="..")
+    (run_id,) = register(sweep, [member]).values()
+    client = MlflowClient(cfg.tracking.uri)
+    parent = client.get_run(run_id).data.tags["mlflow.parentRunId"]
+    assert [client.get_run(one).info.status for one in (run_id, parent)] == ["SCHEDULED", "RUNNING"]
+    status, out, error = command("sync", "one")
+    assert status == 0 and out == f"abc: run {run_id}\n", error
+    assert [client.get_run(one).info.status for one in (run_id, parent)] == ["KILLED", "FAILED"]
 
 
 @pytest.mark.parametrize(
