@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from bt.data.batch import Texts
 from bt.errors import ConfigError
+from bt.models.attention import AttentionMaps
 from bt.models.bridges.base import Bridge
 from bt.models.bridges.none import NoBridge
 from bt.models.cross_modal import CrossEncoder
@@ -140,6 +141,26 @@ class BridgeTower(nn.Module):
         image_cls, image = wanted_image.split(image)
         cls = torch.cat([self.text_pooler(text_cls), self.image_pooler(image_cls)], dim=-1) if need.cls else None
         return Fused(cls, text, image)
+
+    def attention_maps(self, images: Encoded, texts: Encoded, pairs: Tensor) -> list[AttentionMaps]:
+        """The cross-attention probabilities of `fuse` on pairs (P, 2), one entry a cross-modal layer, bottom first.
+
+        For looking at, without dropout: every layer runs whole, and its attention once more. Raises RuntimeError in
+        training mode.
+        """
+        if self.training:
+            raise RuntimeError("attention maps are of a model in evaluation mode: call eval() first")
+        image_rows, text_rows = pairs.unbind(1)
+        mask = gather(texts.mask, text_rows)
+        maps, text, image = [], None, None
+        for layer in range(self.cross.layers):
+            text_in = self._bridged(self.text_bridge, layer, texts.states, text_rows, text, image, mask, None)
+            image_in = self._bridged(self.image_bridge, layer, images.states, image_rows, image, text, None, mask)
+            if layer == 0:
+                text_in, image_in = gather(text_in, text_rows), gather(image_in, image_rows)
+            maps.append(self.cross.attention(layer, text_in, image_in, mask))
+            text, image = self.cross(layer, text_in, image_in, None, None, mask, mask, ALL, ALL)
+        return maps
 
     def _bridged(
         self,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bt.errors import ConfigError
+from bt.models.attention import AttentionMaps, probabilities
 from bt.models.checks import check_range
 from bt.models.gather import Reading, gather
 from bt.models.heads import init_new
@@ -148,6 +149,13 @@ class CrossModalLayer(nn.Module):
         kv = gather(self.cross_attention.keys_values(other), other_rows)
         return self.ffn(self.cross_attention(q, kv, other_mask, hidden, read))
 
+    def attention(self, own: Tensor, other: Tensor, own_mask: Tensor | None, other_mask: Tensor | None) -> Tensor:
+        """(P, heads, S, S'), the cross-attention probabilities, of inputs that are per pair already."""
+        cross = self.cross_attention
+        (q,) = split_heads(cross.queries(self.self_attention(own, own, own_mask)), 1, cross.heads)
+        k, _ = split_heads(cross.keys_values(other), 2, cross.heads)
+        return probabilities(q, k, other_mask)
+
 
 class CrossEncoder(nn.Module):
     """The cross-modal encoder as the tower sees it: `layers` steps on the states of both modalities.
@@ -212,6 +220,10 @@ class CrossEncoder(nn.Module):
         """
         raise NotImplementedError
 
+    def attention(self, layer: int, text: Tensor, image: Tensor, mask: Tensor) -> AttentionMaps:
+        """What one layer attends to: text (P, L, D), image (P, S, D), its inputs by pair; mask (P, L) bool."""
+        raise NotImplementedError
+
     def run(self, layer: nn.Module, *args) -> Tensor:
         """The layer's output; with gradient checkpointing its activations are computed again in the backward pass."""
         if self.checkpointing and self.training:
@@ -239,6 +251,12 @@ class CoAttention(CrossEncoder):
         if layer < self.layers - 1:
             return text, image
         return text if text is None else self.text_norm(text), image if image is None else self.image_norm(image)
+
+    def attention(self, layer, text, image, mask):
+        return AttentionMaps(
+            self.text_layers[layer].attention(text, image, mask, None),
+            self.image_layers[layer].attention(image, text, None, mask),
+        )
 
 
 def final_norm(width: int, norm_eps: float, norm: str) -> nn.Module:

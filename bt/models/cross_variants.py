@@ -7,7 +7,15 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from bt.models.cross_modal import CrossEncoder, CrossModalLayer, FeedForward, SelfAttention, final_norm
+from bt.models.attention import AttentionMaps, probabilities
+from bt.models.cross_modal import (
+    CrossEncoder,
+    CrossModalLayer,
+    FeedForward,
+    SelfAttention,
+    final_norm,
+    split_heads,
+)
 from bt.models.gather import Reading, gather
 
 
@@ -59,6 +67,13 @@ class MergedAttention(CrossEncoder):
             None if read_image is None else read_image.pack(output[:, texts:]),
         )
 
+    def attention(self, layer, text, image, mask):
+        attention, tokens = self.stack[layer].self_attention, text.shape[1]
+        states = torch.cat([text, image], dim=1)
+        q, k, _ = split_heads(attention.qkv(attention.before(states)), 3, attention.heads)
+        both = probabilities(q, k, torch.cat([mask, mask.new_ones(image.shape[:2])], dim=1))
+        return AttentionMaps(both[:, :, :tokens, tokens:], both[:, :, tokens:, :tokens])
+
 
 def _all(read: Reading | None) -> bool:
     return read is not None and read.positions is None and not read.first
@@ -98,6 +113,11 @@ class AsymmetricAttention(CrossEncoder):
             return texts, _passed(image, image_rows, read_image)
         images = self._read(layer, image, text, image_rows, text_rows, None, pair_mask, read_image)
         return _passed(text, text_rows, read_text), images
+
+    def attention(self, layer, text, image, mask):
+        if self.reader == "text":
+            return AttentionMaps(self.stack[layer].attention(text, image, mask, None), None)
+        return AttentionMaps(None, self.stack[layer].attention(image, text, None, mask))
 
     def _read(self, layer: int, *args) -> Tensor | None:
         if args[-1] is None:
