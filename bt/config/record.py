@@ -185,12 +185,16 @@ def read_recorded(run_dir: Path) -> dict[str, Any]:
 
 def read_config(run_dir: Path, schema: type[Config] = Config) -> Config:
     """The configuration of a run, checked against the schema."""
-    stored = read_recorded(run_dir)
+    return from_recorded(read_recorded(run_dir), f"{run_dir}/config.yaml", schema)
+
+
+def from_recorded(stored: dict[str, Any], where: str, schema: type[Config] = Config) -> Config:
+    """The configuration of a recorded dictionary; ConfigError begins with `where` it is from."""
     try:
         merged = OmegaConf.merge(OmegaConf.structured(schema), stored)
         return to_config(merged)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{run_dir}/config.yaml: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{where}: {str(error).splitlines()[0]}") from error
 
 
 def to_config(node: DictConfig) -> Any:

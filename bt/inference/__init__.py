@@ -1,0 +1,1 @@
+"""Trained models in use: loading, and questions about pictures in plain Python."""
