@@ -5,9 +5,11 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 # Further key=value settings for the demo's training runs, such as: make demo ARGS="bridge=none seed=1"
 ARGS ?=
+# The run that make app shows.
+RUN_DIR ?= runs/demo/vqa
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test smoke bench lint format baselines clean tasks-report soak slurm-local slurm-demo mlflow-server
+.PHONY: help venv demo test smoke bench lint format baselines clean tasks-report soak slurm-local slurm-demo mlflow-server app doctor
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -17,7 +19,7 @@ venv: $(VENV)/.installed  ## Make .venv with everything that the other targets n
 $(VENV)/.installed: pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; install Python 3.11 or newer, or give PYTHON=python3.x" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -e '.[dev,slurm,tracking]'
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -e '.[dev,slurm,tracking,app]'
 	@touch $@
 
 demo: $(VENV)/.installed  ## Pre-train and fine-tune a small BridgeTower on easy-VQA, report against baselines (under 10 minutes on 2 cores)
@@ -41,6 +43,12 @@ slurm-demo: $(VENV)/.installed  ## Submit a sweep of bridges to that SLURM, pre-
 
 mlflow-server: $(VENV)/.installed  ## MLflow on a PostgreSQL of its own, until Ctrl-C (Debian's postgresql)
 	PYTHON=$(RUN) launchers/mlflow_server.sh
+
+app: $(VENV)/.installed  ## Ask a trained model about pictures in the browser: make app RUN_DIR=runs/demo/vqa
+	$(RUN) -m bt.app --run-dir $(RUN_DIR)
+
+doctor: $(VENV)/.installed  ## Say what this machine has for bt, and what is missing for what
+	$(RUN) -m bt.doctor
 
 bench: $(VENV)/.installed  ## Compare speed with transformers' BridgeTower on the same work, base size (about 20 minutes)
 	$(RUN) -m bt.bench --out bench.json

@@ -28,7 +28,15 @@ from bt.config.schema import Config, check_run, check_values
 from bt.config.targets import add_plugins, check_model_targets
 from bt.errors import ConfigError, UserError
 
-CONF_DIR = str(Path(__file__).resolve().parents[2] / "conf")
+
+def conf_dir() -> Path:
+    """The folder of configuration groups: that of a wheel, which holds its own, or that of the clone around `bt`."""
+    package = Path(__file__).resolve().parents[1]
+    own = package / "conf"
+    return own if own.is_dir() else package.parent / "conf"
+
+
+CONF_DIR = str(conf_dir())
 
 # composed: until the first job starts, whatever goes wrong is in the command line or the configuration files.
 # debug: as composed, so that it counts however it was written.

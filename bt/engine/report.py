@@ -22,7 +22,10 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def git_state() -> dict[str, Any]:
-    """The code's commit as `git_revision`, and whether tracked files were changed as `git_dirty`; None without git."""
+    """The code's commit as `git_revision`, and whether tracked files were changed as `git_dirty`; None without git, and
+    of an installed package, which may lie in a clone of something else."""
+    if not (REPOSITORY / ".git").exists():
+        return {"git_revision": None, "git_dirty": None}
 
     def git(*arguments: str) -> str | None:
         try:

@@ -70,6 +70,15 @@ class Attention:
         heat = torch.stack([look[0].mean(0) for look in looks]).mean(0)[:, 1:]
         return (heat / heat.sum(1, keepdim=True).clamp_min(1e-12)).unflatten(1, (self.grid, self.grid))
 
+    def seen(self) -> Tensor:
+        """(tokens,): how much the picture's patches look at each token, mean over patches, layers and heads; adds up to
+        1."""
+        looks = [maps.image_to_text for maps in self.maps if maps.image_to_text is not None]
+        if not looks:
+            raise NoHead("no cross-modal layer of this model has images that look at texts")
+        seen = torch.stack([look[0].mean(0) for look in looks]).mean(0)[1:].mean(0)
+        return seen / seen.sum().clamp_min(1e-12)
+
 
 class Predictor(Encoder):
     """A trained model in use. Made by `bt.load`.
@@ -120,7 +129,7 @@ class Predictor(Encoder):
     def answer(self, pictures, questions, top=5):
         """The `top` likeliest answers to each question about its picture, best first."""
         head = self._head(VQA, "answers")
-        scores = self._scores(pictures, questions, lambda cls: head.head(cls).float().sigmoid())
+        scores = self.fused_scores(pictures, questions, lambda cls: head.head(cls).float().sigmoid())
         return _single(_choices(scores, head.answers, top), pictures, questions)
 
     @overload
@@ -142,10 +151,10 @@ class Predictor(Encoder):
         if by == "itc":
             found = self._similarity(pictures, texts)
         elif by == "rank":
-            found = self._scores(pictures, texts, self._head(IRTR, "ranking").score)
+            found = self.fused_scores(pictures, texts, self._head(IRTR, "ranking").score)
         else:
             head = self._head(ITM, "matching")
-            found = self._scores(pictures, texts, lambda cls: head.head(cls).float().softmax(1)[:, 1])
+            found = self.fused_scores(pictures, texts, lambda cls: head.head(cls).float().softmax(1)[:, 1])
         return _single(found.tolist(), pictures, texts)
 
     @overload
@@ -156,7 +165,7 @@ class Predictor(Encoder):
     def entails(self, pictures, hypotheses):
         """Whether each picture entails its hypothesis, contradicts it or neither (SNLI-VE): all labels, best first."""
         head = self._head(SNLIVE, "entailment")
-        scores = self._scores(pictures, hypotheses, lambda cls: head.head(cls).float().softmax(1))
+        scores = self.fused_scores(pictures, hypotheses, lambda cls: head.head(cls).float().softmax(1))
         return _single(_choices(scores, head.classes, len(head.classes)), pictures, hypotheses)
 
     @overload
@@ -251,7 +260,7 @@ class Predictor(Encoder):
     # Pairs
 
     @torch.no_grad()
-    def _scores(self, pictures: Pictures, texts: Strings, head: Callable[[Tensor], Tensor]) -> Tensor:
+    def fused_scores(self, pictures: Pictures, texts: Strings, head: Callable[[Tensor], Tensor]) -> Tensor:
         """(pairs, ...) float32 on the CPU: `head` of the fused [CLS] pairs."""
         pairs = pair_count(pictures=pictures, texts=texts)
         found = []

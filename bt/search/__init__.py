@@ -1,0 +1,1 @@
+"""`python -m bt.search`: pictures found by what they show."""
