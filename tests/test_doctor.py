@@ -1,0 +1,53 @@
+"""`python -m bt.doctor` on this machine, and what it calls missing or broken."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+
+import pytest
+
+from bt import doctor
+
+
+def test_this_machine_can_run(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    doctor.main(["--json"])
+    found = {check["name"]: check for check in json.loads(capsys.readouterr().out)}
+    assert found["torch"] == {
+        "name": "torch",
+        "state": "ok",
+        "found": importlib.metadata.version("torch"),
+        "matters": "every run",
+    }
+    assert found["working directory"]["found"].startswith(str(tmp_path))
+    assert found["conf"]["state"] == found["extra dev"]["state"] == "ok"
+    assert "mlflow.db, made by the first run" in found["mlflow store"]["found"]
+    assert {"python", "shared memory", "git", "sbatch", "npm", "chromium"} <= set(found)
+    assert not list(tmp_path.iterdir())  # it leaves nothing behind
+
+
+def test_what_is_needed_breaks_and_what_is_not_is_missing(capsys, tmp_path, monkeypatch):
+    requires = ["torch>=99", "numpy>=2", "no-such-package>=1", 'other-package>=1; extra == "slurm"']
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: requires)
+    found = {check.name: check for check in doctor.requirements()}
+    assert (found["torch"].state, found["no-such-package"].state, found["numpy"].state) == ("broken", "broken", "ok")
+    assert f"{importlib.metadata.version('torch')} is not >=99" in found["torch"].found
+    assert found["extra slurm"].state == "missing" and "other-package: not installed" in found["extra slurm"].found
+    assert [check.state for check in doctor.shared_memory(tmp_path / "none")] == ["missing"]
+    assert {check.state for check in doctor.programs(lambda name: None)} == {"missing"}
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:secret@127.0.0.1:9")
+    (store,) = doctor.tracking()
+    assert store.state == "missing" and "secret" not in store.found
+    looked = {name: lambda: iter(()) for name in ("requirements", "devices", "tracking", "libraries")}
+    for name, look in looked.items():
+        monkeypatch.setattr(doctor, name, look)
+
+    def folders():
+        raise PermissionError("no")
+
+    monkeypatch.setattr(doctor, "folders", folders)
+    with pytest.raises(SystemExit) as end:
+        doctor.main([])
+    assert end.value.code == "broken: folders" and "broken  folders" in capsys.readouterr().out
