@@ -5,8 +5,8 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 # Further key=value settings for the demo's training runs, such as: make demo ARGS="bridge=none seed=1"
 ARGS ?=
-# The run that make app shows.
-RUN_DIR ?= runs/demo/vqa
+# The runs that make app asks; each question goes to the first that can answer it.
+RUN_DIR ?= runs/demo/vqa runs/demo/pretrain
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test smoke bench lint format baselines clean tasks-report soak slurm-local slurm-demo mlflow-server app doctor
@@ -44,7 +44,7 @@ slurm-demo: $(VENV)/.installed  ## Submit a sweep of bridges to that SLURM, pre-
 mlflow-server: $(VENV)/.installed  ## MLflow on a PostgreSQL of its own, until Ctrl-C (Debian's postgresql)
 	PYTHON=$(RUN) launchers/mlflow_server.sh
 
-app: $(VENV)/.installed  ## Ask a trained model about pictures in the browser: make app RUN_DIR=runs/demo/vqa
+app: $(VENV)/.installed  ## Ask a trained model about pictures in the browser: make app RUN_DIR=DIR (default: the demo's)
 	$(RUN) -m bt.app --run-dir $(RUN_DIR)
 
 doctor: $(VENV)/.installed  ## Say what this machine has for bt, and what is missing for what

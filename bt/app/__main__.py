@@ -47,7 +47,7 @@ def serve(arguments: argparse.Namespace) -> None:
     except ImportError as error:
         raise UserError(f"{error.name} is not installed: pip install 'bt[app]'") from error
     models = [bt.load(path, arguments.device, arguments.dtype) for path in arguments.run_dir]
-    own_names = ["localhost", "127.0.0.1", "[::1]"] if arguments.host == LOOPBACK else ["*"]
+    own_names = ["localhost", LOOPBACK] if arguments.host == LOOPBACK else ["*"]
     app = make_app(models, max_bytes=int(arguments.max_mb * 1e6), hosts=own_names)
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -58,11 +58,12 @@ class Encoder:
         objectives = self.model.objectives.values()
         return next((objective for objective in objectives if hasattr(objective, "image_features")), None)
 
-    def _find(self, kind: type[Head]) -> Head | None:
+    def find(self, kind: type[Head]) -> Head | None:
+        """The model's objective of this class, whatever the task calls it."""
         return next((part for part in self.model.objectives.values() if isinstance(part, kind)), None)
 
     def _head(self, kind: type[Head], what: str) -> Head:
-        return self._found(self._find(kind), what)
+        return self._found(self.find(kind), what)
 
     def _found(self, head: Head | None, what: str) -> Head:
         if head is None:

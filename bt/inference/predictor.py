@@ -100,18 +100,18 @@ class Predictor(Encoder):
     @property
     def abilities(self) -> list[str]:
         heads = {"answer": VQA, "fill_mask": MLM, "entails": SNLIVE, "compare": NLVR2}
-        found = [name for name, kind in heads.items() if self._find(kind)]
+        found = [name for name, kind in heads.items() if self.find(kind)]
         return found + (["match"] if self.match_kinds else [])
 
     @property
     def match_kinds(self) -> list[MatchKind]:
         """How `match` can compare, best first."""
-        found = {"itm": self._find(ITM), "rank": self._find(IRTR), "itc": self.contrast}
+        found = {"itm": self.find(ITM), "rank": self.find(IRTR), "itc": self.contrast}
         return [kind for kind, head in found.items() if head is not None]
 
     @property
     def answers(self) -> list[str]:
-        head = self._find(VQA)
+        head = self.find(VQA)
         return list(head.answers) if head else []
 
     @property

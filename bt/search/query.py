@@ -37,7 +37,7 @@ class Searcher:
         if fingerprint(model.model) != index.weights:
             raise DataError(f"the index was not made with {model.source}: give that model, or index again")
         self.model, self.index = model, index
-        self.ranker = model._find(ITM) or model._find(IRTR)
+        self.ranker = model.find(ITM) or model.find(IRTR)
         if self.ranker is None and index.features is None:
             raise DataError(f"{model.source} has neither ITC nor ITM: nothing to search by")
 
