@@ -62,7 +62,7 @@ def save(
             _check_space(root, tensors)
             temporary.mkdir()
             for name, named in tensors.items():
-                _save_tensors(named, temporary / f"{name}.safetensors")
+                save_tensors(named, temporary / f"{name}.safetensors")
             _write_text(temporary / "state.json", content)
             if tokenizer is not None:
                 shutil.copyfile(tokenizer, temporary / "tokenizer.json")
@@ -216,7 +216,8 @@ def _check_space(root: Path, tensors: Mapping[str, Mapping[str, Tensor]]) -> Non
         raise OSError(errno.ENOSPC, f"No space left: {needed / 1e9:.3g} GB are needed and {free / 1e9:.3g} GB free")
 
 
-def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Writes a *.safetensors file, for whom its directory is for, and waits until it is on the disk."""
     seen: set[tuple[int, int]] = set()
     plain = {}
     for key, tensor in tensors.items():
@@ -225,7 +226,7 @@ def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
         place = (tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes())
         plain[key] = tensor.clone() if place in seen else tensor
         seen.add(place)
-    save_file(plain, path)
+    save_file(plain, path, metadata)
     # safetensors makes files for their owner alone; a checkpoint is for whom its directory is for.
     path.chmod(path.parent.stat().st_mode & 0o666)
     _sync(path)

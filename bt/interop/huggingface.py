@@ -8,7 +8,7 @@ has none), `text_model`, `vision_model` and the three tensors of the image embed
   and the scale are those of bt.tasks.contrastive, not of ITC;
 - the epsilon of the cross-modal norms and of the MLM head's is 1e-5 (text_config.layer_norm_eps), of the released
   code 1e-12: set `cross.norm_eps` and `task.objectives.mlm.norm_eps` to what the weights were trained with;
-- learned scales of other link towers (`scaled_factor`, `beta`) have no released name: refused.
+- the learned number of a link tower (`scaled_factor`, `beta`), one tensor for each layer, is one tensor for a bridge.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from bt.errors import CheckpointError
-from bt.interop.official import from_official, to_official
+from bt.interop.official import from_official, to_official, unused
 
 # transformers' name without the prefix "bridgetower.", released name.
 IMAGE_EMBEDDING = {
@@ -29,8 +29,10 @@ IMAGE_EMBEDDING = {
     "vision_model.visual.embeddings.position_embedding.weight": "vit_model.visual.positional_embedding",
 }
 PREFIXES = {"vision_model.visual.": "vit_model.visual.", "text_model.": "text_transformer."}
-# Constant buffers of older releases.
-DROPPED = re.compile(r".*\.position_ids|.*\.token_type_ids")
+# transformers' link towers with a learned number for each layer: its name there, the bridges' own.
+LINK_SCALES = {"scaled_factor": "scale", "beta": "share"}
+_LINK_SCALE = re.compile(r"(?:bridgetower\.)?cross_modal_(text|image)_link_tower\.(\d+)\.(scaled_factor|beta)")
+_OWN_SCALE = re.compile(r"tower\.(text|image)_bridge\.(scale|share)")
 # transformers' head, own head.
 CONTRASTIVE = {
     f"itc_{head}_head.fc.{part}": f"objectives.contrastive.{own}_head.fc.{part}"
@@ -41,7 +43,8 @@ CONTRASTIVE = {
 HEAD = re.compile(r"(mlm_score|itm_score|itc_text_head|itc_image_head)\..+")
 
 
-def _released_name(key: str) -> str:
+def released_name(key: str) -> str:
+    """transformers' name -> the released one; those that transformers did not change stay as they are."""
     key = key.removeprefix("bridgetower.")
     if key in IMAGE_EMBEDDING:
         return IMAGE_EMBEDDING[key]
@@ -51,7 +54,8 @@ def _released_name(key: str) -> str:
     return key
 
 
-def _transformers_name(key: str) -> str:
+def transformers_name(key: str) -> str:
+    """The inverse of `released_name`, without the prefix of the task classes."""
     for own, released in IMAGE_EMBEDDING.items():
         if key == released:
             return own
@@ -71,14 +75,22 @@ def from_huggingface(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         contrastive = {CONTRASTIVE[key]: tensor for key, tensor in state.items() if key in CONTRASTIVE}
         state = {key: tensor for key, tensor in state.items() if key not in CONTRASTIVE}
     released = {}
+    scales: dict[str, dict[int, Tensor]] = {}
     for key, tensor in state.items():
-        if key == "logit_scale":
+        if match := _LINK_SCALE.fullmatch(key):
+            own = f"tower.{match[1]}_bridge.{LINK_SCALES[match[3]]}"
+            scales.setdefault(own, {})[int(match[2])] = tensor
+        elif key == "logit_scale":
             released["temperature"] = torch.exp(-tensor)
-        elif not DROPPED.fullmatch(key):
-            released[_released_name(key)] = tensor
-    # A tied decoder bias appears twice in transformers' state dicts.
-    released.pop("mlm_score.decoder.bias", None)
-    return from_official(released) | contrastive
+        else:
+            released[released_name(key)] = tensor
+    stacked = {own: torch.stack([found[layer] for layer in sorted(found)]) for own, found in scales.items()}
+    return from_official(released) | stacked | contrastive
+
+
+def unused_huggingface(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the model never uses, under the released names."""
+    return unused({released_name(key): tensor for key, tensor in state.items()})
 
 
 def to_huggingface(state: Mapping[str, Tensor], bare: bool = False) -> dict[str, Tensor]:
@@ -90,7 +102,13 @@ def to_huggingface(state: Mapping[str, Tensor], bare: bool = False) -> dict[str,
     if contrastive and any(key.startswith("objectives.itc.") for key in state):
         raise CheckpointError("transformers has one contrastive head for an image: export either itc or contrastive")
     result = {} if bare else contrastive
-    for key, tensor in to_official({k: v for k, v in state.items() if k not in CONTRASTIVE.values()}).items():
+    towers = {number: name for name, number in LINK_SCALES.items()}
+    for match in filter(None, map(_OWN_SCALE.fullmatch, state)):
+        for layer, number in enumerate(state[match[0]]):
+            name = f"cross_modal_{match[1]}_link_tower.{layer}.{towers[match[2]]}"
+            result[name if bare else f"bridgetower.{name}"] = number
+    other = [*CONTRASTIVE.values(), *filter(_OWN_SCALE.fullmatch, state)]
+    for key, tensor in to_official({k: v for k, v in state.items() if k not in other}).items():
         if key == "temperature":
             if not bare:
                 result["logit_scale"] = -torch.log(tensor)
@@ -98,5 +116,5 @@ def to_huggingface(state: Mapping[str, Tensor], bare: bool = False) -> dict[str,
             if not bare:
                 result[key] = tensor
         elif not re.match(r"(vqa|snli|nlvr2)_classifier\.|rank_output\.", key):
-            result[("" if bare else "bridgetower.") + _transformers_name(key)] = tensor
+            result[("" if bare else "bridgetower.") + transformers_name(key)] = tensor
     return result

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bt.errors import CheckpointError
-from bt.interop.official import from_official, to_official
+from bt.interop.official import from_official, to_official, unused
 
 _MANAGER = re.compile(r"cross_modal_(text|image)_manager_tower\.(\d+)\.manager_layer\.(.+)")
 _OWN_MANAGER = re.compile(r"tower\.(text|image)_bridge\.managers\.(\d+)\.(.+)")
@@ -83,11 +83,24 @@ def _own(name: str, tensor: Tensor, managed: int) -> dict[str, Tensor]:
     return {f"{_NAMES[part]}.{kind}": tensor}
 
 
-def to_managertower(state: Mapping[str, Tensor], depth: Mapping[str, int]) -> dict[str, Tensor]:
+def unused_managertower(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the model never uses, by released names; of the layer embeddings the rows below the managed layers."""
+    found = unused(state)
+    for key, tensor in state.items():
+        if match := _EMBEDDINGS.fullmatch(key):
+            found[key] = tensor[: len(tensor) - managed_layers(state, match[1])]
+        elif key.endswith(".softmax_temperature_cross"):
+            found[key] = tensor
+    return found
+
+
+def to_managertower(
+    state: Mapping[str, Tensor], depth: Mapping[str, int], lower: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """The inverse of `from_managertower`, without the tensors that are never used.
 
     depth: uni-modal layers of each modality, as many rows as the released layer embeddings have; those of layers that
-    are not managed are 0.
+    are not managed are 0, or what `lower` has under their released name.
     """
     managed = {
         match[1]: len(tensor) for key, tensor in state.items() if (match := _OWN_EMBEDDINGS.fullmatch(key)) is not None
@@ -107,8 +120,9 @@ def to_managertower(state: Mapping[str, Tensor], depth: Mapping[str, int]) -> di
             if found is not None:
                 result[f"{start}.{found[0]}"] = found[1]
         elif match := _OWN_EMBEDDINGS.fullmatch(key):
-            lower = tensor.new_zeros(depth[match[1]] - len(tensor), tensor.shape[1])
-            result[f"layer_embeddings_{match[1]}.weight"] = torch.cat([lower, tensor])
+            name, missing = f"layer_embeddings_{match[1]}.weight", depth[match[1]] - len(tensor)
+            rows = (lower or {}).get(name, tensor.new_zeros(missing, tensor.shape[1]))
+            result[name] = torch.cat([rows, tensor])
         else:
             rest[key] = tensor
     released = to_official(rest)

@@ -78,12 +78,21 @@ FUSED = (
     ),
 )
 
-# The text pooler and CLIP's text tower remains (its position table and final norm) are registered but never called;
-# position_ids is a constant.
-UNUSED = re.compile(
-    r"text_transformer\.pooler\..+|text_transformer\.embeddings\.position_ids"
-    r"|vit_model\.positional_embedding|vit_model\.ln_final\..+"
-)
+# Registered by the released model but never used in its fused pass: released name, why.
+UNUSED = {
+    r"text_transformer\.pooler\..+": "pooler of the text encoder: registered, never called",
+    r"text_transformer\.embeddings\.(position_ids|token_type_ids)": "a constant",
+    r"vit_model\.visual\.embeddings\.position_ids": "a constant",
+    r"vit_model\.positional_embedding": "position table of CLIP's text tower, which is not there",
+    r"vit_model\.ln_final\..+": "norm of CLIP's text tower, which is not there",
+    r"mlm_score\.decoder\.bias": "mlm_score.bias once more, to which transformers ties it",
+    r"vit_model\.visual\.(cross_modal_)?ln_separate\..+": "norms per layer, which the fused pass never reads",
+}
+
+
+def why_unused(key: str) -> str | None:
+    """Why the model never uses a released tensor; None where it does."""
+    return next((reason for pattern, reason in UNUSED.items() if re.fullmatch(pattern, key)), None)
 
 
 def _pattern(template: str) -> re.Pattern[str]:
@@ -130,7 +139,7 @@ def _released_name(key: str) -> str | None:
 
 def unused(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a released state dict that the model never uses."""
-    return {key: tensor for key, tensor in state.items() if UNUSED.fullmatch(key)}
+    return {key: tensor for key, tensor in state.items() if why_unused(key)}
 
 
 def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -140,7 +149,7 @@ def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     parts: dict[str, dict[int, Tensor]] = {}
     unknown = []
     for key, tensor in state.items():
-        if UNUSED.fullmatch(key):
+        if why_unused(key):
             continue
         for pattern, own, position in PART_PATTERNS:
             if match := pattern.fullmatch(key):

@@ -78,9 +78,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if is_torchscript(path):
         # What open_clip fetches is safetensors or a state dict, also for OpenAI's models, so this is a file given.
         raise ConfigError(
-            f"encoder.vision.pretrained={path} is a TorchScript archive, which can hold code and is not opened; if you "
-            f"trust it, write its tensors with safetensors.torch: "
-            f"save_file(torch.jit.load('{path}', map_location='cpu').state_dict(), '{path.stem}.safetensors')"
+            f"encoder.vision.pretrained={path} is a TorchScript archive, which can hold code and is not opened here; "
+            f"`python -m bt.checkpoint import {path} --out DIR` reads its tensors alone"
         )
     try:
         if path.suffix == ".safetensors":
