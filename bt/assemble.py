@@ -92,7 +92,7 @@ def build_model(
         cfg.cross,
         vocab_size=vocab_size,
         pad_id=tokenizer.pad_id,
-        token_types=max(kind.token_types for kind in kinds.values()),
+        token_types=max((kind.token_types for kind in kinds.values()), default=2),
         **{key: cfg.bridge[key] for key in BRIDGE_OPTIONS if key in cfg.bridge},
     )
     if cfg.cross["layers"] == 0 and (fusing := [name for name, kind in kinds.items() if kind.fuses]):

@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from bt.assemble import Data, build_model, open_shards, tokenizer_of
 from bt.config import Config, config_hash, diff_configs
 from bt.config.explain import explain
-from bt.config.record import read_recorded, to_config
+from bt.config.record import other_settings, read_recorded, to_config
 from bt.config.schema import check_run, check_values
 from bt.config.targets import add_plugins, check_model_targets
 from bt.data.text import make_tokenizer
@@ -105,6 +105,8 @@ def evaluate_weights(cfg: Config, world: World, weights: Path, split: str, out_d
         raise CheckpointError(f"{weights} has no trained head for {', '.join(loaded.new)}")
     if world.main:
         log.info(str(loaded))
+        if cfg.init_from and (others := other_settings(weights, cfg)):
+            log.warning(f"otherwise than {cfg.init_from} was trained: {'; '.join(others)}")
     model.to(world.device)
     data = Data(cfg, world, model, tokenizer)
     if world.main and (note := data.pixel_note(shards, cfg.data.eval_transform)):

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 
 from bt.assemble import Data, build_model, find_tokenizer, open_shards
-from bt.config import Config, one_line, prepare_run_dir, resolve_run_dir, resolve_sweep_dir
+from bt.config import Config, one_line, other_settings, prepare_run_dir, resolve_run_dir, resolve_sweep_dir
 from bt.data.dataset import Loader
 from bt.engine import checkpoint, distributed, heartbeat, report, watch
 from bt.engine.distributed import World
 from bt.engine.evaluate import Measured, evaluate
-from bt.engine.initial import load_weights
+from bt.engine.initial import load_weights, weights_file
 from bt.engine.loop import NonFiniteLoss, StepReport, Trainer, Wishes, fit
 from bt.engine.optimizer import build_optimizer, make_schedule
 from bt.engine.parallel import make_parallel
@@ -74,6 +74,8 @@ class Training:
         if self.last is None and cfg.init_from:
             labels, ignore = self.train_set.labels, cfg.checkpoint.ignore_heads
             self.say(str(load_weights(cfg.init_from, self.model, ignore_heads=ignore, labels=labels)))
+            if others := other_settings(weights_file(cfg.init_from), cfg):
+                self.say(f"otherwise than {cfg.init_from} was trained: {'; '.join(others)}")
         self.model.to(self.world.device)
         parallel = make_parallel(self.model, self.world, cfg.trainer.parallel)
         optimizer = build_optimizer(self.model, cfg.optimizer)

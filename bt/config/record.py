@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,31 @@ def diff_configs(old: Config | dict[str, Any], new: Config | dict[str, Any]) -> 
         f"{key}: {before.get(key, ABSENT)} -> {after.get(key, ABSENT)}"
         for key in keys
         if before.get(key, ABSENT) != after.get(key, ABSENT)
+    ]
+
+
+# What the outputs depend on though no tensor's shape shows it, and what of it is of training alone.
+_MEANING = re.compile(
+    r"(cross|bridge|encoder\.vision\.architecture|encoder\.text\.config)\..+|task\.objectives\.\w+\.norm_eps"
+)
+_TRAINING = ("dropout", "dropout_prob", "init_std", "noise", "temperature")
+
+
+def other_settings(weights: Path, cfg: Config) -> list[str]:
+    """ "key: there -> here" for what the weights were trained with and `cfg` has otherwise, as an epsilon or the number
+    of heads; a key that only one of them has, or sets to null, is not compared."""
+    places = [place for place in (weights.parent, weights.parent.parent.parent) if (place / "config.yaml").is_file()]
+    if not places:
+        return []
+    there, here = flatten(read_recorded(places[0])), flatten(recorded(cfg))
+    return [
+        f"{key}: {there[key]} -> {value}"
+        for key, value in here.items()
+        if _MEANING.fullmatch(key)
+        and not key.endswith(_TRAINING)
+        and value is not None
+        and there.get(key) is not None
+        and there[key] != value
     ]
 
 

@@ -71,7 +71,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path} is refused: it holds more than tensors, and code is never executed") from error
+        raise CheckpointError(
+            f"{path} is refused: it holds more than tensors, and code is never executed; `python -m bt.checkpoint "
+            f"import {path} --out DIR` reads training checkpoints of other programs"
+        ) from error
     except Exception as error:
         raise CheckpointError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
     content = content.get("state_dict", content) if isinstance(content, dict) else content
@@ -122,8 +125,9 @@ def load_weights(
     foreign = [key for key in state if not key.startswith(("tower.", "objectives."))]
     if foreign or not tower:
         raise CheckpointError(
-            f"{source} is not a checkpoint of bt: its keys start with 'tower.' or 'objectives.', "
-            f"but here is {foreign[0] if foreign else 'no tower'}"
+            f"{source} is not a checkpoint of bt: its keys start with 'tower.' or 'objectives.', but here is "
+            f"{foreign[0] if foreign else 'no tower'}; `python -m bt.checkpoint import {source} --out DIR` reads those "
+            "of other programs"
         )
     tower = model.tower.adapt_state(tower)
     lines = differences(shapes(tower), shapes(model.tower.state_dict()))

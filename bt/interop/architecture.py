@@ -169,13 +169,25 @@ def released_nodes(state: Mapping[str, Tensor], bridge: Node, settings: Mapping[
     dropout = settings.get("drop_rate", 0.1)
     transforms = settings.get("val_transform_keys") or ["clip"]
     cross = cross_node(state, settings.get("num_heads"), RELEASED_EPS, dropout)
+    text = text_node(state, known)
     return {
-        "encoder": {"vision": vision_node(state), "text": text_node(state, known)},
+        "encoder": {"vision": vision_node(state), "text": text},
         "bridge": bridge | BRIDGE_DEFAULTS,
         "cross": cross,
         "task": task_node(state, cross["width"], RELEASED_EPS, settings),
-        "data": {"max_text_len": settings.get("max_text_len", 50), "eval_transform": eval_transform(transforms[0])},
+        "data": {
+            "max_text_len": most(settings.get("max_text_len"), text),
+            "eval_transform": eval_transform(transforms[0]),
+        },
     }
+
+
+def most(tokens: int | None, text: Node) -> int:
+    """The longest text: what the other program took, as far as the position table goes."""
+    sizes = text["config"]
+    # RoBERTa counts positions from pad id + 1.
+    unused = sizes["pad_token_id"] + 1 if sizes["model_type"] == "roberta" else 0
+    return min(tokens or 50, sizes["max_position_embeddings"] - unused)
 
 
 def eval_transform(name: str) -> str:
@@ -226,10 +238,11 @@ def transformers_nodes(state: Mapping[str, Tensor], config: Mapping[str, Any]) -
     eps = text["layer_norm_eps"]
     cross = cross_node(state, text["num_attention_heads"], eps, text["hidden_dropout_prob"])
     bridge = {"_target_": LINK_TOWERS[kind], "norm_eps": config["layer_norm_eps"]}
+    encoder = text_node(state, text | {"model_type": "roberta"})
     return {
-        "encoder": {"vision": vision_node(state), "text": text_node(state, text | {"model_type": "roberta"})},
+        "encoder": {"vision": vision_node(state), "text": encoder},
         "bridge": bridge | BRIDGE_DEFAULTS,
         "cross": cross,
         "task": task_node(state, cross["width"], config["layer_norm_eps"], {}),
-        "data": {"max_text_len": 50, "eval_transform": "clip"},
+        "data": {"max_text_len": most(None, encoder), "eval_transform": "clip"},
     }

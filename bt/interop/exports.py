@@ -320,7 +320,8 @@ def _check_transformers(sizes: Sizes, bundle: Bundle) -> None:
         sizes.say("task.objectives.mlm.norm_eps", eps, tower.text_bridge.norms[0].eps)
     sizes.say("cross.dropout", layer.ffn.dropout.p, text.hidden_dropout_prob)
     data = bundle.nodes.get("data", {})
-    sizes.say("data.max_text_len", data.get("max_text_len", 50), 50)
+    longest = min(50, tower.text.max_positions)
+    sizes.say("data.max_text_len", data.get("max_text_len", longest), longest)
     sizes.say("data.eval_transform", data.get("eval_transform", "clip"), "clip")
 
 

@@ -58,6 +58,9 @@ class Bundle:
                 raise CheckpointError(f"there is no head {name} to leave out: {', '.join(self.objectives()) or 'none'}")
             del self.nodes["task"]["objectives"][name]
             self.state = {k: v for k, v in self.state.items() if not k.startswith(f"objectives.{name}.")}
+            if name == "nlvr2":
+                # Nothing else reads the type of a second image.
+                self.state["tower.type_embeddings.weight"] = self.state["tower.type_embeddings.weight"][:2]
 
 
 @dataclass(frozen=True)

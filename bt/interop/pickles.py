@@ -32,6 +32,18 @@ CONTAINERS = {
 }
 
 
+STORAGES = {
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "DoubleStorage": torch.float64,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+
+
 class Placeholder:
     """Stands for an object of a class that is not known here; `state` and `arguments` are what the file says of it."""
 
@@ -149,5 +161,5 @@ class _Data(pickle.Unpickler):
         _, kind, key, _, count = identity
         if key not in self.storages:
             content = bytearray(self.archive.get_record(f"data/{key}"))
-            self.storages[key] = torch.frombuffer(content, dtype=getattr(torch, kind).dtype, count=int(count))
+            self.storages[key] = torch.frombuffer(content, dtype=STORAGES[kind], count=int(count))
         return self.storages[key]

@@ -18,7 +18,12 @@ def gather(states: Tensor, rows: Tensor | None) -> Tensor:
 
 def rows_or_none(rows: Tensor, unique: int) -> Tensor | None:
     """None where pair p uses row p of `unique` rows, so that nothing is copied; else the rows themselves."""
-    if len(rows) == unique and torch.equal(rows, torch.arange(unique, device=rows.device)):
+    # An exported graph is for any rows.
+    if (
+        not torch.compiler.is_exporting()
+        and len(rows) == unique
+        and torch.equal(rows, torch.arange(unique, device=rows.device))
+    ):
         return None
     return rows
 

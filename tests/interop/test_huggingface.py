@@ -166,6 +166,13 @@ def test_temperature_is_stored_as_a_logarithm():
     assert back["logit_scale"].item() == pytest.approx(2.6593, rel=1e-5)
 
 
-def test_other_link_towers_are_refused():
-    with pytest.raises(CheckpointError, match="cross_modal_text_link_tower.0.scaled_factor"):
-        from_huggingface({"bridgetower.cross_modal_text_link_tower.0.scaled_factor": torch.ones(1)})
+def test_numbers_of_link_towers_are_one_tensor_for_a_bridge():
+    names = [f"bridgetower.cross_modal_text_link_tower.{layer}.scaled_factor" for layer in (1, 0)]
+    state = from_huggingface({names[0]: torch.tensor(3.0), names[1]: torch.tensor(2.0)})
+    assert state["tower.text_bridge.scale"].tolist() == [2, 3]
+    assert to_huggingface(state) == {names[0]: 3, names[1]: 2}
+
+
+def test_unknown_keys_are_named():
+    with pytest.raises(CheckpointError, match="cross_modal_text_link_tower.0.gate"):
+        from_huggingface({"bridgetower.cross_modal_text_link_tower.0.gate": torch.ones(1)})
