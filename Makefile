@@ -19,7 +19,7 @@ venv: $(VENV)/.installed  ## Make .venv with everything that the other targets n
 $(VENV)/.installed: pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; install Python 3.11 or newer, or give PYTHON=python3.x" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -e '.[dev,slurm,tracking,app]'
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -e '.[dev,slurm,tracking,app,onnx]'
 	@touch $@
 
 demo: $(VENV)/.installed  ## Pre-train and fine-tune a small BridgeTower on easy-VQA, report against baselines (under 10 minutes on 2 cores)

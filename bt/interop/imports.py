@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bt.data.text import Tokenizer, load_tokenizer, pretrained_tokenizer
-from bt.engine.checkpoint import differences
+from bt.engine.checkpoint import differences, shapes
 from bt.errors import CheckpointError, ConfigError, DataError
 from bt.interop import architecture
 from bt.interop.folder import LABELS_OF, RELEASED_CLASSES, Bundle, all_labels, build, label_rows
@@ -255,7 +255,7 @@ def check(bundle: Bundle) -> None:
         model = build(bundle, "meta")
     except (ConfigError, DataError) as error:
         raise CheckpointError(f"{bundle.source}: {error}") from error
-    lines = differences(bundle.state, model.state_dict())
+    lines = differences(shapes(bundle.state), shapes(model.state_dict()))
     if lines:
         more = f" and {len(lines) - 4} more" if len(lines) > 4 else ""
         raise CheckpointError(f"{bundle.source} has not the tensors of its architecture: {'; '.join(lines[:4])}{more}")
