@@ -114,11 +114,11 @@ def _export(arguments: argparse.Namespace) -> None:
 
         rows = export_graphs(bundle, arguments.out, arguments.format)
     elif arguments.format == "official":
-        from bt.interop.exports import export_released
+        from bt.interop.export_released import export_released
 
         rows = export_released(bundle, arguments.out)
     else:
-        from bt.interop.exports import compare_transformers, export_transformers
+        from bt.interop.export_transformers import compare_transformers, export_transformers
 
         rows = export_transformers(bundle, arguments.out)
         rows += compare_transformers(bundle, arguments.out) if arguments.check else []

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from bt.engine.progress import table
-from bt.interop.exports import export_released
+from bt.interop.export_released import export_released
 from bt.interop.folder import Bundle, build
 from bt.interop.source import open_source
 from tests.interop.models import nodes, randomise

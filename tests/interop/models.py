@@ -16,7 +16,9 @@ from bt.interop.folder import Bundle, build
 from bt.models.bridgetower import BridgeTower, Fused, Need
 from tests.golden_helpers import FOLDERS, table, tensors
 
-WORDS = "a the red green blue circle square dot ring is on in not how many what colour two three one of and big small"
+WORDS = (
+    "a the red green blue circle square dot dots ring is on in not how many what colour two three one of and big small"
+)
 
 
 def tokenizer() -> Tokenizer:
@@ -82,13 +84,12 @@ def nodes(**changes: Any) -> dict[str, Any]:
         "data": {"max_text_len": 20, "eval_transform": "clip"},
         "plugins": [],
     }
-    found = deepcopy(found)
     for key, value in changes.items():
         *path, last = key.split("__")
         node = found
         for part in path:
             node = node[part]
-        node[last] = value
+        node[last] = deepcopy(value)
     return found
 
 

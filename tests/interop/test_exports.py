@@ -13,7 +13,8 @@ from transformers import (
 )
 
 from bt.errors import CheckpointError
-from bt.interop.exports import compare_transformers, export_released, export_transformers
+from bt.interop.export_released import export_released
+from bt.interop.export_transformers import compare_transformers, export_transformers
 from bt.interop.folder import build, read_folder, write_folder
 from bt.interop.graphs import export_graphs
 from bt.interop.imports import import_source

@@ -14,7 +14,8 @@ from transformers import (
 
 from bt.data.batch import Texts
 from bt.errors import CheckpointError, ConfigError
-from bt.interop.exports import export_released, export_transformers
+from bt.interop.export_released import export_released
+from bt.interop.export_transformers import export_transformers
 from bt.interop.folder import build, read_folder, write_folder
 from bt.interop.imports import import_source, read_labels
 from bt.interop.load import load_model
