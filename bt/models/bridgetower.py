@@ -142,7 +142,7 @@ class BridgeTower(nn.Module):
                     self.image_bridge, layer, images.states, image_rows, image, text, None, pair_mask
                 )
                 rows, text_mask, alone = (None, None), pair_mask, (None, None)
-            text, image = self.cross(layer, text_in, image_in, *rows, text_mask, pair_mask, *reads, alone)
+            text, image = self.cross(layer, text_in, image_in, *rows, text_mask, pair_mask, *reads, alone=alone)
         text_cls, text = wanted_text.split(text)
         image_cls, image = wanted_image.split(image)
         cls = torch.cat([self.text_pooler(text_cls), self.image_pooler(image_cls)], dim=-1) if need.cls else None

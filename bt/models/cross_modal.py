@@ -13,10 +13,23 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bt.errors import ConfigError
-from bt.models.attention import attend, cheapest, few_keys, few_queries, split_heads
 from bt.models.checks import check_range
+from bt.models.folding import cheapest, few_keys, few_queries
 from bt.models.gather import ALL, Reading, gather
 from bt.models.heads import init_new
+
+
+def split_heads(states: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
+    """(B, S, parts * D) -> `parts` tensors (B, heads, S, D / heads), without a copy."""
+    batch, tokens, width = states.shape
+    return states.view(batch, tokens, parts, heads, width // parts // heads).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """(B, heads, Q, d) x (B, heads, K, d) -> (B, Q, heads * d). mask: (B, K) bool, True at keys that count."""
+    mask = None if mask is None else mask[:, None, None, :]
+    context = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, dropout_p=dropout)
+    return context.transpose(1, 2).flatten(2)
 
 
 class SubLayer(nn.Module):
@@ -40,7 +53,7 @@ class SubLayer(nn.Module):
 
 
 class Attention(SubLayer):
-    """Sub-layer of attention. folding: whether products may be taken in another order (bt.models.attention); False
+    """Sub-layer of attention. folding: whether products may be taken in another order (bt.models.folding); False
     projects everything first, as the released code does."""
 
     folding = True
@@ -96,6 +109,12 @@ class CrossAttention(Attention):
         # What is read of the other modality went through no norm of this layer.
         self.other_norm = nn.LayerNorm(width, eps=norm_eps) if self.pre else nn.Identity()
 
+    def queries(self, own: Tensor) -> Tensor:
+        return self.q(self.before(own))
+
+    def keys_values(self, other: Tensor) -> Tensor:
+        return self.kv(self.other_norm(other))
+
     def forward(
         self,
         own: Tensor,
@@ -113,16 +132,16 @@ class CrossAttention(Attention):
         residual = gather(own, own_rows)
         order = self.order(pairs, own, other)
         if order == "few_keys":
-            kv, queries = self.kv(self.other_norm(other)), self.before(residual)
-            output = few_keys(queries, kv, other_rows, self.q, self.out, self.heads, mask, self.rate())
+            kv, states = self.keys_values(other), self.before(residual)
+            output = few_keys(states, kv, other_rows, self.q, self.out, self.heads, mask, self.rate())
             return self.after(read.pack(output), read.pack(residual))
-        q = gather(self.q(self.before(own)), own_rows)
+        q = gather(self.queries(own), own_rows)
         if order == "few_queries":
             states, width = gather(self.other_norm(other), other_rows), own.shape[-1]
             context = few_queries(q, states, self.kv.weight, self.kv.bias[width:], self.heads, mask, self.rate())
         else:
             (q,) = split_heads(q, 1, self.heads)
-            k, v = split_heads(gather(self.kv(self.other_norm(other)), other_rows), 2, self.heads)
+            k, v = split_heads(gather(self.keys_values(other), other_rows), 2, self.heads)
             context = attend(q, k, v, mask, self.rate())
         return self.after(self.out(read.pack(context)), read.pack(residual))
 
@@ -229,7 +248,7 @@ class CrossEncoder(nn.Module):
         pair_mask: Tensor,
         read_text: Reading | None,
         read_image: Reading | None,
-        alone: tuple[Tensor | None, Tensor | None],
+        alone: tuple[Tensor | None, Tensor | None] = (None, None),
     ) -> tuple[Tensor | None, Tensor | None]:
         """One layer: text (U, L, D), image (U', S, D) -> (P, L, D), (P, S, D), or what is read of them, None where
         nothing is.
@@ -267,7 +286,8 @@ class CoAttention(CrossEncoder):
         layer = (self.text_layers if modality == "text" else self.image_layers)[0]
         return self.run(layer, states, None, None, None, mask)
 
-    def forward(self, layer, text, image, text_rows, image_rows, text_mask, pair_mask, read_text, read_image, alone):
+    def forward(self, layer, text, image, text_rows, image_rows, text_mask, pair_mask, *reads, alone=(None, None)):
+        read_text, read_image = reads
         to_text = (text, image, text_rows, image_rows, text_mask, None, read_text, alone[0])
         to_image = (image, text, image_rows, text_rows, None, pair_mask, read_image, alone[1])
         text = None if read_text is None else self.run(self.text_layers[layer], *to_text)

@@ -39,7 +39,8 @@ class MergedAttention(CrossEncoder):
         self.stack = nn.ModuleList(MergedLayer(*sizes) for _ in range(self.layers))
         self.norm = final_norm(width, norm_eps, norm)
 
-    def forward(self, layer, text, image, text_rows, image_rows, text_mask, pair_mask, read_text, read_image, alone):
+    def forward(self, layer, text, image, text_rows, image_rows, text_mask, pair_mask, *reads, alone=(None, None)):
+        read_text, read_image = reads
         text, image = gather(text, text_rows), gather(image, image_rows)
         states = torch.cat([text, image], dim=1)
         mask = torch.cat([pair_mask, pair_mask.new_ones(image.shape[:2])], dim=1)
@@ -91,7 +92,8 @@ class AsymmetricAttention(CrossEncoder):
     def alone(self, modality, states, mask):
         return self.run(self.stack[0], states, None, None, None, mask) if modality == self.reader else None
 
-    def forward(self, layer, text, image, text_rows, image_rows, text_mask, pair_mask, read_text, read_image, alone):
+    def forward(self, layer, text, image, text_rows, image_rows, text_mask, pair_mask, *reads, alone=(None, None)):
+        read_text, read_image = reads
         if self.reader == "text":
             texts = self._read(layer, text, image, text_rows, image_rows, text_mask, None, read_text, alone[0])
             return texts, _passed(image, image_rows, read_image)

@@ -9,9 +9,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from bt.errors import ConfigError
-from bt.models.attention import attend, split_heads
 from bt.models.bridges.base import PairwiseBridge
 from bt.models.checks import check_range
+from bt.models.cross_modal import attend, split_heads
 from bt.models.heads import init_new
 
 

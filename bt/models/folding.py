@@ -15,19 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def split_heads(states: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
-    """(B, S, parts * D) -> `parts` tensors (B, heads, S, D / heads), without a copy."""
-    batch, tokens, width = states.shape
-    return states.view(batch, tokens, parts, heads, width // parts // heads).permute(2, 0, 3, 1, 4).unbind(0)
-
-
-def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    """(B, heads, Q, d) x (B, heads, K, d) -> (B, Q, heads * d). mask: (B, K) bool, True at keys that count."""
-    mask = None if mask is None else mask[:, None, None, :]
-    context = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, dropout_p=dropout)
-    return context.transpose(1, 2).flatten(2)
-
-
 def cheapest(width: int, heads: int, pairs: int, own: tuple[int, int], other: tuple[int, int]) -> str:
     """Which order takes the fewest multiplications: "plain", "few_queries" or "few_keys".
 

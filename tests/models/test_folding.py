@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from open_clip.transformer import QuickGELU as ReferenceQuickGELU
 from torch import Tensor, nn
 
-from bt.models.attention import cheapest, few_keys, few_queries
 from bt.models.cross_modal import Attention, CrossModalLayer
+from bt.models.folding import cheapest, few_keys, few_queries
 from bt.models.gather import ALL, Reading, gather
 from bt.models.quick_gelu import QuickGELU
 
