@@ -21,7 +21,6 @@ from bt.bench.cases import CASES
 from bt.bench.models import SIZES
 from bt.bench.results import conditions, draw, shown
 
-
 # Modules beside this one with a `main` of their own. plan: what a step needs on many devices; savings: what each is
 # worth; growth: how cost grows; parts: where a step's time goes.
 COMMANDS = ("plan", "savings", "growth", "parts")
