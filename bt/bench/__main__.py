@@ -19,17 +19,12 @@ import torch
 from bt.bench.case import seconds
 from bt.bench.cases import CASES
 from bt.bench.models import SIZES
+from bt.bench.parts import gemm_peak
 from bt.bench.results import conditions, draw, shown
 
 # Modules beside this one with a `main` of their own. plan: what a step needs on many devices; savings: what each is
 # worth; growth: how cost grows; parts: where a step's time goes.
 COMMANDS = ("plan", "savings", "growth", "parts")
-
-
-def gemm_peak(size: int = 2048) -> float:
-    """Floating-point operations a second of a large fp32 matrix product, the best of a few."""
-    a, b = torch.randn(2, size, size)
-    return 2 * size**3 / min(seconds(lambda: a @ b) for _ in range(8))
 
 
 def main() -> None:

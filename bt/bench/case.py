@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,6 +54,10 @@ class Case:
         return ((ours - peer).abs() / by).max().item(), (of_ours, of_peer)
 
     def _counted(self, side: Callable[[], Tensor]) -> tuple[Tensor, int]:
+        with prepared(side):
+            return self._count(side)
+
+    def _count(self, side: Callable[[], Tensor]) -> tuple[Tensor, int]:
         if not self.flops:
             return side(), 0
         # torch's fused encoder attention is one operation, which the counter does not know.
@@ -89,7 +95,22 @@ class Case:
         return result | self.notes
 
     def _seconds(self) -> tuple[float, float]:
-        return tuple(seconds(side) * times for side, times in zip((self.ours, self.peer), self.whole, strict=True))
+        found = []
+        for side, times in zip((self.ours, self.peer), self.whole, strict=True):
+            with prepared(side):
+                found.append(seconds(side) * times)
+        return tuple(found)
+
+
+@contextlib.contextmanager
+def prepared(side: Callable[[], Any]) -> Iterator[None]:
+    """Within it the side has what it needs, if it has a `prepare` and a `release`."""
+    getattr(side, "prepare", lambda: None)()
+    try:
+        yield
+    finally:
+        getattr(side, "release", lambda: None)()
+        gc.collect()
 
 
 def seconds(work: Callable[[], Any]) -> float:

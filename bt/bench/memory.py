@@ -15,7 +15,7 @@ from torch import Tensor
 from bt.bench.case import Case
 from bt.bench.models import SIZES, Size, make_batch, make_ours, make_peer, make_step
 
-STEPS = 2  # the second has the optimizer's state
+STEPS = 2
 
 
 def resident(field: str) -> int:
@@ -42,6 +42,7 @@ def run_side(side: str, size: Size, images: int) -> dict:
     weights = resident("VmRSS") - before
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     step = make_step(model, batch) if side == "ours" else peer_pretraining_step(model, batch)
+    step.prepare()
     losses = [step().tolist() for _ in range(STEPS)]
     return {"losses": losses, "weights": weights, "peak": resident("VmHWM") - before}
 

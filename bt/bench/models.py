@@ -5,6 +5,7 @@ Dropout is 0 everywhere, so that losses and gradients can be compared before any
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -194,25 +195,41 @@ def make_batch(
     )
 
 
-def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+class Step:
+    """A training step: losses (a callable), gradients, AdamW; returns the losses and the gradient's norm.
+
+    The learning rate is 0: AdamW does all of its work, and the weights stay as they are, so that both sides can be
+    compared at any time. `prepare` and `release`, which are not timed, make and free AdamW's moments, so that the
+    memory of two models with optimizers is never needed at once. set_up: called before, when sides share a model.
+    around: a context of forward and backward pass.
+    """
+
+    def __init__(self, model: nn.Module, losses: Callable[[], list[Tensor]], set_up: Callable[[], None] = lambda: None):
+        self.model, self.losses, self.set_up = model, losses, set_up
+        self.around: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
+
+    def prepare(self) -> None:
+        self.set_up()
+        for parameter in self.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def release(self) -> None:
+        self.optimizer.state.clear()
+
+    def __call__(self) -> Tensor:
+        with self.around():
+            losses = self.losses()
+            sum(losses).backward()
+        norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return torch.stack([*(loss.detach() for loss in losses), norm])
 
 
-def finish_step(losses: list[Tensor], model: nn.Module, optimizer: torch.optim.Optimizer) -> Tensor:
-    """Backward and AdamW; the losses and the norm of the gradient."""
-    sum(losses).backward()
-    norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return torch.stack([*(loss.detach() for loss in losses), norm])
-
-
-def make_step(model: TaskModel, batch: Batch) -> Callable[[], Tensor]:
+def make_step(model: TaskModel, batch: Batch, set_up: Callable[[], None] = lambda: None) -> Step:
     """A training step of `bt`."""
-    counts, optimizer = model.counts(batch).tolist(), optimizer_of(model)
-
-    def step() -> Tensor:
-        results = model(batch)
-        return finish_step([r.loss / c for r, c in zip(results.values(), counts, strict=True)], model, optimizer)
-
-    return step
+    counts = model.counts(batch).tolist()
+    return Step(model, lambda: [r.loss / c for r, c in zip(model(batch).values(), counts, strict=True)], set_up)

@@ -8,7 +8,6 @@ the first of them, attention and activations by their formulas (bt_module.py, in
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import open_clip.transformer
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bt.bench.models import finish_step, optimizer_of
+from bt.bench.models import Step
 from bt.data.batch import Batch, Texts
 from bt.models.bridgetower import BridgeTower, Encoded, Fused, Need
 from bt.models.cross_modal import Attention
@@ -58,8 +57,8 @@ def prepare(model: nn.Module, scheme: Scheme) -> None:
         if isinstance(module, Attention):
             module.folding = not scheme.projected
         for name, child in module.named_children():
-            if scheme.formulas and isinstance(child, QuickGELU):
-                setattr(module, name, open_clip.transformer.QuickGELU())
+            if isinstance(child, QuickGELU | open_clip.transformer.QuickGELU):
+                setattr(module, name, open_clip.transformer.QuickGELU() if scheme.formulas else QuickGELU())
 
 
 def kernels(scheme: Scheme) -> contextlib.AbstractContextManager:
@@ -137,17 +136,16 @@ def results(model: TaskModel, batch: Batch, scheme: Scheme, max_tokens: int) -> 
     return found
 
 
-def make_scheme_step(model: TaskModel, batch: Batch, scheme: Scheme, max_tokens: int) -> Callable[[], Tensor]:
-    """A training step by a scheme."""
-    prepare(model, scheme)
-    counts, optimizer = model.counts(batch).tolist(), optimizer_of(model)
+def make_scheme_step(model: TaskModel, batch: Batch, scheme: Scheme, max_tokens: int) -> Step:
+    """A training step by a scheme; its `prepare` sets the model's modules, which steps of other schemes may share."""
+    counts = model.counts(batch).tolist()
 
-    def step() -> Tensor:
-        with kernels(scheme):
-            found = results(model, batch, scheme, max_tokens)
-            losses = [result.loss / count for result, count in zip(found, counts, strict=True)]
-            return finish_step(losses, model, optimizer)
+    def losses() -> list[Tensor]:
+        found = results(model, batch, scheme, max_tokens)
+        return [result.loss / count for result, count in zip(found, counts, strict=True)]
 
+    step = Step(model, losses, lambda: prepare(model, scheme))
+    step.around = lambda: kernels(scheme)
     return step
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bt.bench.case import Case
+from bt.bench.case import Case, prepared
 from bt.bench.cases import CASES, MODEL_CASES
 from bt.bench.models import SIZES
 from bt.data.transforms import make_transform
@@ -18,11 +18,15 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.parametrize("name", [name for name in MODEL_CASES if name != "memory"])
 def test_both_sides_agree(name):
-    """Losses and the gradient's norm, also after an optimizer step; or outputs."""
+    """Losses and the gradient's norm, or outputs; and once more, after both sides have run."""
     torch.manual_seed(0)
     case: Case = CASES[name].make(SIZES["tiny"])
     for _ in range(2):
-        ours, peer = case.ours(), case.peer()
+        sides = []
+        for side in (case.ours, case.peer):
+            with prepared(side):
+                sides.append(side())
+        ours, peer = sides
         assert ours.shape == peer.shape and ours.abs().max() > 0.01
         assert (ours - peer).abs().max() <= 1e-4 * peer.abs().max()
 
