@@ -27,7 +27,8 @@ class Case:
     long as the case.
     whole: how often each side's call is needed for all of the work. notes: more for the JSON.
     costs: what one repetition costs both sides; None: seconds. For what is no time, `unit` has no "/s", `ours` and
-    `peer` of the JSON are costs over `count`, and `repetitions` can be fewer. flops: count floating-point operations.
+    `peer` of the JSON are costs over `count`, and `repetitions` can be fewer. flops: count floating-point operations,
+    to give the share of `peak` (operations a second; None: of a large matrix product here) that they reach.
     """
 
     count: float
@@ -43,6 +44,7 @@ class Case:
     costs: Callable[[], tuple[float, float]] | None = None
     repetitions: int = REPETITIONS
     flops: bool = False
+    peak: float | None = None
 
     def compare(self) -> tuple[float, tuple[int, int]]:
         """Disagreement, relative: of numbers each by itself, of outputs by the largest, or what `check` says; and both
@@ -91,6 +93,7 @@ class Case:
         if self.flops:
             shares = [count * times / seconds for count, times, seconds in zip(flops, self.whole, middle, strict=True)]
             result["gflop"] = [count / 1e9 for count in flops]
+            peak = self.peak or peak
             result["gemm_share"] = [share / peak for share in shares] if peak else None
         return result | self.notes
 

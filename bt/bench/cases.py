@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bt.bench.case import Case
+from bt.bench.contrastive import contrastive
 from bt.bench.data_cases import DATA_CASES
 from bt.bench.memory import memory
 from bt.bench.models import (
@@ -163,6 +164,12 @@ MODEL_CASES = {
         "retrieval of 100 images and 500 texts, ITC's top 16 against all pairs", RELEASED, retrieval_topk, 1
     ),
     "inference_20": Entry("one image with 20 questions", HF, lambda s: inference(s, 20), 1),
+    "contrastive_large": Entry(
+        "contrastive fine-tuning with loading: large on a GPU, elsewhere a small model",
+        HF,
+        lambda s: contrastive(tiny=s.width < 100),
+        0.5,
+    ),
     "memory": Entry("peak memory of a pre-training step, 8 pairs, 1 text per image", HF, memory, 2),
 }
 CASES: dict[str, Entry] = MODEL_CASES | {
