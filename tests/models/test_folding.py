@@ -151,3 +151,16 @@ def test_quick_gelu():
     mine.sum().backward(), theirs.sum().backward()
     torch.testing.assert_close(own.grad, other.grad, rtol=1e-5, atol=1e-6)
     assert len(kept) == 1 and kept[0] is own
+
+
+@pytest.mark.parametrize("order", ["few_queries", "few_keys"])
+def test_half_precision(monkeypatch, order):
+    """Under autocast every order is as far from float32 as the plain one: by the precision of bfloat16."""
+    layer = make_layer().eval()
+    own, other = torch.randn(2, 5, WIDTH), torch.randn(2, 7, WIDTH)
+    mask = torch.arange(7)[None] < torch.tensor([[7], [4]])
+    exact = layer(own, other, other_mask=mask)
+    monkeypatch.setattr("bt.models.cross_modal.cheapest", lambda *_: order)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = layer(own, other, other_mask=mask)
+    assert (rounded - exact).abs().max() < 0.05 < 0.1 < exact.abs().max()
