@@ -38,7 +38,7 @@ def gemm_peak(size: int = 2048) -> float:
     return 2 * size**3 / min(seconds(lambda: a @ b) for _ in range(8))
 
 
-def copy_speed(size: int = 2**27) -> float:
+def copy_speed(size: int = 2**26) -> float:
     """Bytes read and written a second by a copy that fits no cache, the best of a few."""
     a, b = torch.zeros(size), torch.zeros(size)
     return 8 * size / min(seconds(lambda: b.copy_(a)) for _ in range(5))
