@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -64,10 +65,13 @@ def parts_of(size: Size, images: int, texts_per_image: int) -> dict[str, tuple[C
     mlm_need, itm_need = Need(text=of_mlm["positions"]), Need(cls=True)
 
     def fuse() -> list[Tensor]:
-        shared = Encoded(encoded_images.states, encoded_images.cls)
+        # New ones, since what passes share is kept in them with its graph.
+        of_images, of_masked, of_texts = (
+            replace(encoded, entered=None) for encoded in (encoded_images, encoded_masked, encoded_texts)
+        )
         return [
-            tower.fuse(shared, encoded_masked, batch.pairs, mlm_need).text,
-            tower.fuse(shared, encoded_texts, of_itm["pairs"], itm_need).cls,
+            tower.fuse(of_images, of_masked, batch.pairs, mlm_need).text,
+            tower.fuse(of_images, of_texts, of_itm["pairs"], itm_need).cls,
         ]
 
     fused_text, fused_cls = (output.detach().requires_grad_() for output in fuse())

@@ -53,7 +53,7 @@ def costliest(found: profile, device: torch.device) -> str:
     attribute = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
     every = found.key_averages()
     events = [event for event in every if not event.key.startswith("ProfilerStep")]
-    steps = max(len(every) - len(events), 1)
+    steps = max(sum(event.count for event in every if event.key.startswith("ProfilerStep")), 1)
     total = sum(getattr(event, attribute) for event in events)
     events = sorted(events, key=lambda event: -getattr(event, attribute))[:COSTLIEST]
     rows = []

@@ -80,3 +80,14 @@ def test_texts_of_few_lengths():
     assert (bucketed.ids[:, longest:] == tokenizer.pad_id).all() and not bucketed.mask[:, longest:].any()
     assert tokenizer.word_starts(texts, 50, 8).shape == bucketed.ids.shape
     assert tokenizer.batch(texts, 12, 8).ids.shape[1] == tokenizer.word_starts(texts, 12, 8).shape[1] <= 12
+
+
+def test_profile_of_a_run(tmp_path, command):
+    """trainer.profile leaves trace and table beside the run's files."""
+    settings = ["trainer=smoke", "trainer.max_steps=6", "trainer.epochs=null", "trainer.profile=true"]
+    off = ["tracking=none", "eval.test=false", "eval.every_epochs=null"]
+    code, said = command("experiment=easy_vqa_pretrain", *settings, *off, f"run_dir={tmp_path / 'run'}")
+    assert code == 0, said
+    operations = (tmp_path / "run/profile/operations.txt").read_text()
+    assert "aten::" in operations and len(operations.splitlines()) == 2 + COSTLIEST
+    assert (tmp_path / "run/profile/trace.json.gz").is_file()
