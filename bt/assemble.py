@@ -27,6 +27,8 @@ from bt.errors import CheckpointError, ConfigError
 from bt.models.bridgetower import build_tower
 from bt.tasks.base import Context, Objective, TaskModel
 
+# Compiled layers are compiled again for new shapes.
+TEXT_MULTIPLE = 8
 # Evaluation draws (ITM pairs, masks) are the same for every training seed, so that runs can be compared.
 EVALUATION_SEED = 0
 
@@ -168,6 +170,7 @@ class Data:
             transform=self.transform(transform),
             seed=seed,
             max_text_len=data.max_text_len,
+            text_multiple=TEXT_MULTIPLE if self.cfg.trainer.compile else 1,
             targets={name: objective.targets for name, objective in objectives.items()},
             needs=[objective.needs for objective in objectives.values()],
             on_bad_sample=data.on_bad_sample,

@@ -20,12 +20,14 @@ from bt.assemble import Data, build_model, find_tokenizer, open_shards
 from bt.config import Config, one_line, other_settings, prepare_run_dir, resolve_run_dir, resolve_sweep_dir
 from bt.data.dataset import Loader
 from bt.engine import checkpoint, distributed, heartbeat, report, watch
+from bt.engine.compiled import compile_layers
 from bt.engine.distributed import World
 from bt.engine.evaluate import Measured, evaluate
 from bt.engine.initial import load_weights, weights_file
 from bt.engine.loop import NonFiniteLoss, StepReport, Trainer, Wishes, fit
 from bt.engine.optimizer import build_optimizer, make_schedule
 from bt.engine.parallel import make_parallel
+from bt.engine.profiling import StepProfiler
 from bt.engine.progress import Progress, table
 from bt.engine.saver import Saver
 from bt.engine.system import SystemMetrics
@@ -77,6 +79,8 @@ class Training:
             if others := other_settings(weights_file(cfg.init_from), cfg):
                 self.say(f"otherwise than {cfg.init_from} was trained: {'; '.join(others)}")
         self.model.to(self.world.device)
+        if cfg.trainer.compile:
+            compile_layers(self.model, self.world.device)
         parallel = make_parallel(self.model, self.world, cfg.trainer.parallel)
         optimizer = build_optimizer(self.model, cfg.optimizer)
         schedule = make_schedule(cfg.optimizer, self.total_steps)
@@ -139,6 +143,9 @@ class Training:
         mirror = self.mirror()
         self.progress = Progress(total, step, shown=self.world.main)
         self.system = SystemMetrics() if self.cfg.tracking.system_metrics and self.world.main else None
+        self.profiler = None
+        if self.cfg.trainer.profile and self.world.main:
+            self.profiler = StepProfiler(self.run_dir / "profile", self.world.device)
         self.heartbeat = heartbeat.Heartbeat(self.run_dir, step, total, self.world.main)
         try:
             if not self.out_of_patience():
@@ -154,11 +161,11 @@ class Training:
                     wants_save=self.wants_save,
                     after_step=self.after_step,
                 )
-            self.progress.close()
+            self.close_views()
             self.saver.wait()
             metrics = self.final_metrics()
         except BaseException as error:
-            self.progress.close()
+            self.close_views()
             with contextlib.suppress(CheckpointError):
                 self.saver.wait()
             if mirror:
@@ -169,6 +176,11 @@ class Training:
         if self.world.main:
             self.report(metrics, mirror)
         return metrics.get(self.cfg.task.metric)
+
+    def close_views(self) -> None:
+        self.progress.close()
+        if self.profiler is not None:
+            self.profiler.close()
 
     def mirror(self) -> Mirror | None:
         if not self.world.main:
@@ -189,7 +201,7 @@ class Training:
         record |= {"pairs_per_second": step.pairs_per_second, "data_wait_share": step.data_wait_share}
         record |= self.system.sample() if self.system else {}
         self.journal.append(record)
-        self.progress.report(step.step, step.epoch, step.losses, step.pairs_per_second)
+        self.progress.report(step.step, step.epoch, step.losses, step.pairs_per_second, step.data_wait_share)
 
     def check_left_out(self, split: str, bad: Counter[str], images: int) -> None:
         """Notes what was left out of `images`, names each reason once, and stops when it is too much."""
@@ -214,6 +226,8 @@ class Training:
         every, last = self.cfg.checkpoint.every_steps, step == self.total_steps
         self.heartbeat.step(step, wishes.stop or last)
         self.saver.check()
+        if self.profiler is not None:
+            self.profiler.step()
         if self.world.main:
             self.progress.step(step)
         if self.is_evaluation(step):

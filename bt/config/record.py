@@ -33,6 +33,7 @@ MAY_CHANGE = (
     "trainer.parallel",
     "trainer.timeout_minutes",
     "trainer.log_every",
+    "trainer.profile",
     "checkpoint.every_steps",
     "checkpoint.every_minutes",
     "checkpoint.keep",

@@ -103,6 +103,8 @@ class TrainerConfig:
     device: str = option("auto", choices=["auto", "cpu", "cuda"])
     threads: int | None = option(None, low=1)
     log_every: int = option(10, low=1)
+    compile: bool = False
+    profile: bool = False
     deterministic: bool = True
 
 

@@ -29,7 +29,8 @@ class BatchMaker:
     """Cuts of a plan -> batches.
 
     text_field: which texts of a sample make its pairs ("captions", "questions"); None for labelled images: each is one
-    pair without a text, its entry the sample's json. targets: per objective, called with the draft. needs: what the
+    pair without a text, its entry the sample's json. text_multiple: texts are padded to multiples of so many tokens, so
+    that batches have few different shapes. targets: per objective, called with the draft. needs: what the
     objectives want drawn. on_bad_sample: "fail" raises, "skip" leaves the sample out and counts it. substitute: for
     training, a batch of which all samples are bad becomes one drawn pair; otherwise it is an error.
     """
@@ -44,6 +45,7 @@ class BatchMaker:
         transform: Transform | DeviceTransform,
         seed: int,
         max_text_len: int = 50,
+        text_multiple: int = 1,
         targets: Mapping[str, TargetMaker] | None = None,
         needs: Iterable[Needs] = (),
         on_bad_sample: str = "fail",
@@ -54,6 +56,7 @@ class BatchMaker:
         needs = list(needs)
         self.shards, self.index, self.text_field = shards, index, text_field
         self.tokenizer, self.transform, self.seed, self.max_text_len = tokenizer, transform, seed, max_text_len
+        self.text_multiple = text_multiple
         self.targets = dict(targets or {})
         self.false_images = any(need.false_images for need in needs)
         self.false_texts = max((need.false_texts for need in needs), default=0)
@@ -245,7 +248,8 @@ class _Assembly:
         samples = [sample for (sample, *_), rows in self.image_rows.items() for _ in rows]
         image_ids = np.array(samples, np.int64)
         tokenizer, unique = self.maker.tokenizer, list(self.text_rows)
-        tokens = tokenizer.batch(unique, self.maker.max_text_len)
+        lengths = self.maker.max_text_len, self.maker.text_multiple
+        tokens = tokenizer.batch(unique, *lengths)
         draft = Draft(
             texts=tokens,
             entries=entries,
@@ -256,7 +260,7 @@ class _Assembly:
             false_image_rows=false_images,
             false_text_rows=false_texts,
             max_text_len=self.maker.max_text_len,
-            word_starts=lambda: tokenizer.word_starts(unique, self.maker.max_text_len),
+            word_starts=lambda: tokenizer.word_starts(unique, *lengths),
             uniform=self.uniform,
         )
         return Batch(

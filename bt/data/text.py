@@ -60,17 +60,19 @@ class Tokenizer:
         rows = (self._cache[text] for text in texts)
         return [ids if len(ids) <= max_length else [*ids[: max_length - 1], self.eos_id] for ids in rows]
 
-    def batch(self, texts: Sequence[str | tuple[str, str]], max_length: int) -> Texts:
-        """Texts padded to the longest of them."""
+    def batch(self, texts: Sequence[str | tuple[str, str]], max_length: int, multiple: int = 1) -> Texts:
+        """Texts padded to the longest of them, or to the next multiple of so many tokens, as far as max_length goes."""
         rows = self.encode(texts, max_length)
-        ids = np.full((len(rows), max(map(len, rows), default=0)), self.pad_id, np.int64)
+        longest = max(map(len, rows), default=0)
+        tokens = min(-(-longest // multiple) * multiple, max_length)
+        ids = np.full((len(rows), tokens), self.pad_id, np.int64)
         mask = np.zeros(ids.shape, bool)
         for number, row in enumerate(rows):
             ids[number, : len(row)] = row
             mask[number, : len(row)] = True
         return Texts(torch.from_numpy(ids), torch.from_numpy(mask))
 
-    def word_starts(self, texts: Sequence[str | tuple[str, str]], max_length: int) -> Tensor:
+    def word_starts(self, texts: Sequence[str | tuple[str, str]], max_length: int, multiple: int = 1) -> Tensor:
         """(texts, tokens) int64 beside `batch`: the column in which the word of a token begins.
 
         Words are what the tokenizer cuts a text into before it cuts words into pieces; RoBERTa's are letters, digits
@@ -78,7 +80,8 @@ class Tokenizer:
         themselves.
         """
         rows = self.backend.encode_batch(list(texts))
-        starts = np.tile(np.arange(min(max(map(len, rows), default=0), max_length)), (len(rows), 1))
+        longest = min(max(map(len, rows), default=0), max_length)
+        starts = np.tile(np.arange(min(-(-longest // multiple) * multiple, max_length)), (len(rows), 1))
         for row, item in zip(starts, rows, strict=True):
             words = list(zip(item.sequence_ids, item.word_ids, strict=True))
             # The last token of a text that is cut is its end token instead.

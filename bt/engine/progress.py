@@ -33,12 +33,15 @@ class Progress:
         if self.bar is not None:
             self.bar.update(step - self.bar.n)
 
-    def report(self, step: int, epoch: float, losses: Mapping[str, float], pairs_per_second: float) -> None:
-        """Losses and speed since the last report: beside the bar, or as a line of its own."""
+    def report(
+        self, step: int, epoch: float, losses: Mapping[str, float], pairs_per_second: float, data_wait: float
+    ) -> None:
+        """Losses, speed and the share of time that was spent waiting for data, since the last report: beside the bar,
+        or as a line of its own."""
         if not self.shown:
             return
         values = "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
-        speed = f"{pairs_per_second:,.0f} pairs/s"
+        speed = f"{pairs_per_second:,.0f} pairs/s  data wait {100 * data_wait:.0f} %"
         if self.bar is not None:
             self.bar.set_postfix_str(f"{values}  {speed}", refresh=False)
             self.step(step)

@@ -32,11 +32,13 @@ class Encoded:
     states: the top uni-modal states (U, S, D) that the bridge reads, projected, with the type embedding.
     cls: (U, uni-modal width), the last layer's [CLS] before the projection (what ITC reads).
     mask: (U, S) bool, True at real tokens; None for images, which have no padding.
+    entered: what the first cross-modal layer reads, and what it makes of that alone; kept for all passes over them.
     """
 
     states: list[Tensor]
     cls: Tensor
     mask: Tensor | None = None
+    entered: tuple[Tensor, Tensor | None] | None = None
 
     def used(self, rows: Tensor) -> tuple[Encoded, Tensor]:
         """What `rows` (P,) name, each once, and the rows among that; the rest would still pass the part of the first
@@ -130,13 +132,18 @@ class BridgeTower(nn.Module):
         text = image = None
         for layer in range(self.cross.layers):
             last = layer == self.cross.layers - 1
-            text_in = self._bridged(self.text_bridge, layer, texts.states, text_rows, text, image, pair_mask, None)
-            image_in = self._bridged(self.image_bridge, layer, images.states, image_rows, image, text, None, pair_mask)
-            # The inputs of the first layer are still per unique text and image.
-            rows = (text_rows, image_rows) if layer == 0 else (None, None)
             reads = (wanted_text.reading(), wanted_image.reading()) if last else (ALL, ALL)
-            text_mask = texts.mask if layer == 0 else pair_mask
-            text, image = self.cross(layer, text_in, image_in, *rows, text_mask, pair_mask, *reads)
+            if layer == 0:  # still per unique text and image
+                text_in, text_alone = self._enter("text", texts, share=not last)
+                image_in, image_alone = self._enter("image", images, share=not last)
+                rows, text_mask, alone = (text_rows, image_rows), texts.mask, (text_alone, image_alone)
+            else:
+                text_in = self._bridged(self.text_bridge, layer, texts.states, text_rows, text, image, pair_mask, None)
+                image_in = self._bridged(
+                    self.image_bridge, layer, images.states, image_rows, image, text, None, pair_mask
+                )
+                rows, text_mask, alone = (None, None), pair_mask, (None, None)
+            text, image = self.cross(layer, text_in, image_in, *rows, text_mask, pair_mask, *reads, alone=alone)
         text_cls, text = wanted_text.split(text)
         image_cls, image = wanted_image.split(image)
         cls = torch.cat([self.text_pooler(text_cls), self.image_pooler(image_cls)], dim=-1) if need.cls else None
@@ -161,6 +168,19 @@ class BridgeTower(nn.Module):
             maps.append(self.cross.attention(layer, text_in, image_in, mask))
             text, image = self.cross(layer, text_in, image_in, None, None, mask, mask, ALL, ALL)
         return maps
+
+    def _enter(self, modality: str, encoded: Encoded, share: bool) -> tuple[Tensor, Tensor | None]:
+        """The input of the first cross-modal layer (U, S, D) and, where the passes `share` it, what the layer makes of
+        it alone. A pass that reads a few positions of that layer computes less by itself; one without gradients leaves
+        nothing to a pass with them."""
+        share = share and (torch.is_grad_enabled() or not encoded.cls.requires_grad)
+        if not share or encoded.entered is None:
+            bridge = getattr(self, f"{modality}_bridge")
+            states = self._bridged(bridge, 0, encoded.states, None, None, None, encoded.mask, None)
+            if not share:
+                return states, None
+            encoded.entered = states, self.cross.alone(modality, states, encoded.mask)
+        return encoded.entered
 
     def _bridged(
         self,

@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from bt.errors import ConfigError
 from bt.models.attention import AttentionMaps, probabilities
 from bt.models.checks import check_range
-from bt.models.gather import Reading, gather
+from bt.models.folding import cheapest, few_keys, few_queries
+from bt.models.gather import ALL, Reading, gather
 from bt.models.heads import init_new
 
 
@@ -52,11 +53,28 @@ class SubLayer(nn.Module):
         return joined if self.pre else self.norm(joined)
 
 
-class SelfAttention(SubLayer):
+class Attention(SubLayer):
+    """Sub-layer of attention. folding: whether products may be taken in another order (bt.models.folding); False
+    projects everything first, as the released code does."""
+
+    folding = True
+
     def __init__(self, width: int, heads: int, dropout: float, norm_eps: float, norm: str = "post"):
         super().__init__(width, dropout, norm_eps, norm)
         self.heads = heads
         self.attention_dropout = dropout
+
+    def rate(self) -> float:
+        return self.attention_dropout if self.training else 0.0
+
+    def order(self, pairs: int, own: Tensor, other: Tensor) -> str:
+        width = own.shape[-1]
+        return cheapest(width, self.heads, pairs, own.shape[:2], other.shape[:2]) if self.folding else "plain"
+
+
+class SelfAttention(Attention):
+    def __init__(self, width: int, heads: int, dropout: float, norm_eps: float, norm: str = "post"):
+        super().__init__(width, heads, dropout, norm_eps, norm)
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
@@ -65,22 +83,27 @@ class SelfAttention(SubLayer):
         read = self.before(states)
         if queries is states:
             q, k, v = split_heads(self.qkv(read), 3, self.heads)
+            context = attend(q, k, v, mask, self.rate())
         else:
-            width = states.shape[-1]
-            weight, bias = self.qkv.weight, self.qkv.bias
-            (q,) = split_heads(F.linear(self.before(queries), weight[:width], bias[:width]), 1, self.heads)
-            k, v = split_heads(F.linear(read, weight[width:], bias[width:]), 2, self.heads)
-        context = attend(q, k, v, mask, self.attention_dropout if self.training else 0.0)
+            context = self._of_rows(self.before(queries), read, mask)
         return self.after(self.out(context), queries)
 
+    def _of_rows(self, queries: Tensor, states: Tensor, mask: Tensor | None) -> Tensor:
+        width = states.shape[-1]
+        weight, bias = self.qkv.weight, self.qkv.bias
+        q = F.linear(queries, weight[:width], bias[:width])
+        if self.order(len(q), queries, states) == "few_queries":
+            return few_queries(q, states, weight[width:], bias[2 * width :], self.heads, mask, self.rate())
+        (q,) = split_heads(q, 1, self.heads)
+        k, v = split_heads(F.linear(states, weight[width:], bias[width:]), 2, self.heads)
+        return attend(q, k, v, mask, self.rate())
 
-class CrossAttention(SubLayer):
-    """Queries of one modality, keys and values of the other; both are projected by the caller (see the layer)."""
+
+class CrossAttention(Attention):
+    """Queries of one modality, keys and values of the other."""
 
     def __init__(self, width: int, heads: int, dropout: float, norm_eps: float, norm: str = "post"):
-        super().__init__(width, dropout, norm_eps, norm)
-        self.heads = heads
-        self.attention_dropout = dropout
+        super().__init__(width, heads, dropout, norm_eps, norm)
         self.q = nn.Linear(width, width)
         self.kv = nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, width)
@@ -93,11 +116,34 @@ class CrossAttention(SubLayer):
     def keys_values(self, other: Tensor) -> Tensor:
         return self.kv(self.other_norm(other))
 
-    def forward(self, q: Tensor, kv: Tensor, mask: Tensor | None, residual: Tensor, read: Reading) -> Tensor:
-        """q (P, R, D), kv (P, S', 2D), mask (P, S'), residual (P, R, D) -> (P, R, D), or (M, D) if `read` packs."""
-        (q,) = split_heads(q, 1, self.heads)
-        k, v = split_heads(kv, 2, self.heads)
-        context = attend(q, k, v, mask, self.attention_dropout if self.training else 0.0)
+    def forward(
+        self,
+        own: Tensor,
+        other: Tensor,
+        own_rows: Tensor | None,
+        other_rows: Tensor | None,
+        mask: Tensor | None,
+        read: Reading,
+    ) -> Tensor:
+        """own (U, R, D), other (U', K, D), mask (P, K) -> (P, R, D), or (M, D) if `read` packs.
+
+        own_rows, other_rows: (P,) the row of every pair, None where pair p uses row p. Projections are of unique rows.
+        """
+        pairs = len(own if own_rows is None else own_rows)
+        residual = gather(own, own_rows)
+        order = self.order(pairs, own, other)
+        if order == "few_keys":
+            kv, states = self.keys_values(other), self.before(residual)
+            output = few_keys(states, kv, other_rows, self.q, self.out, self.heads, mask, self.rate())
+            return self.after(read.pack(output), read.pack(residual))
+        q = gather(self.queries(own), own_rows)
+        if order == "few_queries":
+            states, width = gather(self.other_norm(other), other_rows), own.shape[-1]
+            context = few_queries(q, states, self.kv.weight, self.kv.bias[width:], self.heads, mask, self.rate())
+        else:
+            (q,) = split_heads(q, 1, self.heads)
+            k, v = split_heads(gather(self.keys_values(other), other_rows), 2, self.heads)
+            context = attend(q, k, v, mask, self.rate())
         return self.after(self.out(read.pack(context)), read.pack(residual))
 
 
@@ -112,7 +158,7 @@ class FeedForward(SubLayer):
 
 
 class CrossModalLayer(nn.Module):
-    """One layer of one modality. Its self-attention, queries, keys and values depend on one modality alone."""
+    """One layer of one modality: self-attention, which needs no other, cross-attention and feed-forward."""
 
     def __init__(self, width: int, heads: int, ffn_ratio: float, dropout: float, norm_eps: float, norm: str = "post"):
         super().__init__()
@@ -123,37 +169,36 @@ class CrossModalLayer(nn.Module):
     def forward(
         self,
         own: Tensor,
-        other: Tensor,
-        own_rows: Tensor | None,
-        other_rows: Tensor | None,
-        own_mask: Tensor | None,
-        other_mask: Tensor | None,
-        read: Reading,
+        other: Tensor | None,
+        own_rows: Tensor | None = None,
+        other_rows: Tensor | None = None,
+        own_mask: Tensor | None = None,
+        other_mask: Tensor | None = None,
+        read: Reading = ALL,
+        attended: Tensor | None = None,
     ) -> Tensor:
         """own (U, S, D), other (U', S', D) -> (P, S, D), or what `read` asks for: (P, 1, D) or (M, D).
 
         own_rows, other_rows: (P,) the row of every pair, None where pair p uses row p (U = P). What depends on one
         input alone is computed on its U rows and gathered to pairs only then.
         own_mask: (U, S) bool or None; other_mask: (P, S') bool or None.
+        other None: the self-attention alone, (U, S, D); given back as `attended`, a later call has it done.
         """
+        if other is None:
+            return self.self_attention(own, own, own_mask)
         # Positions that differ by pair can be selected only once the states are per pair.
-        select_late = own_rows is not None and read.positions is not None
-        queries = own if select_late else read.select(own)
-        hidden = self.self_attention(queries, own, own_mask)
-        if select_late:
-            hidden = read.select(gather(hidden, own_rows))
-            q = self.cross_attention.queries(hidden)
-        else:
-            q = gather(self.cross_attention.queries(hidden), own_rows)
-            hidden = gather(hidden, own_rows)
-        kv = gather(self.cross_attention.keys_values(other), other_rows)
-        return self.ffn(self.cross_attention(q, kv, other_mask, hidden, read))
+        late = attended is not None or (own_rows is not None and read.positions is not None)
+        if attended is None:
+            attended = self.self_attention(own if late else read.select(own), own, own_mask)
+        if late and not read.everything:
+            attended, own_rows = read.select(gather(attended, own_rows)), None
+        return self.ffn(self.cross_attention(attended, other, own_rows, other_rows, other_mask, read))
 
     def attention(self, own: Tensor, other: Tensor, own_mask: Tensor | None, other_mask: Tensor | None) -> Tensor:
         """(P, heads, S, S'), the cross-attention probabilities, of inputs that are per pair already."""
         cross = self.cross_attention
-        (q,) = split_heads(cross.queries(self.self_attention(own, own, own_mask)), 1, cross.heads)
-        k, _ = split_heads(cross.keys_values(other), 2, cross.heads)
+        (q,) = split_heads(cross.q(cross.before(self.self_attention(own, own, own_mask))), 1, cross.heads)
+        k, _ = split_heads(cross.kv(cross.other_norm(other)), 2, cross.heads)
         return probabilities(q, k, other_mask)
 
 
@@ -211,18 +256,24 @@ class CrossEncoder(nn.Module):
         pair_mask: Tensor,
         read_text: Reading | None,
         read_image: Reading | None,
+        alone: tuple[Tensor | None, Tensor | None] = (None, None),
     ) -> tuple[Tensor | None, Tensor | None]:
         """One layer: text (U, L, D), image (U', S, D) -> (P, L, D), (P, S, D), or what is read of them, None where
         nothing is.
 
         text_rows, image_rows: (P,) the row of every pair, None where pair p uses row p. text_mask: (U, L) bool, True at
-        real tokens; pair_mask: the same for every pair.
+        real tokens; pair_mask: the same for every pair. alone: what `alone` made of text and image, in the first layer.
         """
         raise NotImplementedError
 
     def attention(self, layer: int, text: Tensor, image: Tensor, mask: Tensor) -> AttentionMaps:
         """What one layer attends to: text (P, L, D), image (P, S, D), its inputs by pair; mask (P, L) bool."""
         raise NotImplementedError
+
+    def alone(self, modality: str, states: Tensor, mask: Tensor | None) -> Tensor | None:
+        """What the first layer makes of one modality ("text" or "image") before it reads the other one, from its
+        states (U, S, D); it holds for all passes over them. None: nothing."""
+        return None
 
     def run(self, layer: nn.Module, *args) -> Tensor:
         """The layer's output; with gradient checkpointing its activations are computed again in the backward pass."""
@@ -243,9 +294,14 @@ class CoAttention(CrossEncoder):
         self.image_layers = stack()
         self.text_norm, self.image_norm = final_norm(width, norm_eps, norm), final_norm(width, norm_eps, norm)
 
-    def forward(self, layer, text, image, text_rows, image_rows, text_mask, pair_mask, read_text, read_image):
-        to_text = (text, image, text_rows, image_rows, text_mask, None, read_text)
-        to_image = (image, text, image_rows, text_rows, None, pair_mask, read_image)
+    def alone(self, modality, states, mask):
+        layer = (self.text_layers if modality == "text" else self.image_layers)[0]
+        return self.run(layer, states, None, None, None, mask)
+
+    def forward(self, layer, text, image, text_rows, image_rows, text_mask, pair_mask, *reads, alone=(None, None)):
+        read_text, read_image = reads
+        to_text = (text, image, text_rows, image_rows, text_mask, None, read_text, alone[0])
+        to_image = (image, text, image_rows, text_rows, None, pair_mask, read_image, alone[1])
         text = None if read_text is None else self.run(self.text_layers[layer], *to_text)
         image = None if read_image is None else self.run(self.image_layers[layer], *to_image)
         if layer < self.layers - 1:

@@ -47,11 +47,12 @@ class MergedAttention(CrossEncoder):
         self.stack = nn.ModuleList(MergedLayer(*sizes) for _ in range(self.layers))
         self.norm = final_norm(width, norm_eps, norm)
 
-    def forward(self, layer, text, image, text_rows, image_rows, text_mask, pair_mask, read_text, read_image):
+    def forward(self, layer, text, image, text_rows, image_rows, text_mask, pair_mask, *reads, alone=(None, None)):
+        read_text, read_image = reads
         text, image = gather(text, text_rows), gather(image, image_rows)
         states = torch.cat([text, image], dim=1)
         mask = torch.cat([pair_mask, pair_mask.new_ones(image.shape[:2])], dim=1)
-        if _all(read_text) and _all(read_image):
+        if all(read is not None and read.everything for read in (read_text, read_image)):
             queries, texts = None, text.shape[1]
         else:
             parts = [
@@ -73,10 +74,6 @@ class MergedAttention(CrossEncoder):
         q, k, _ = split_heads(attention.qkv(attention.before(states)), 3, attention.heads)
         both = probabilities(q, k, torch.cat([mask, mask.new_ones(image.shape[:2])], dim=1))
         return AttentionMaps(both[:, :, :tokens, tokens:], both[:, :, tokens:, :tokens])
-
-
-def _all(read: Reading | None) -> bool:
-    return read is not None and read.positions is None and not read.first
 
 
 class AsymmetricAttention(CrossEncoder):
@@ -107,11 +104,15 @@ class AsymmetricAttention(CrossEncoder):
         self.stack = nn.ModuleList(CrossModalLayer(*sizes) for _ in range(self.layers))
         self.norm = final_norm(width, norm_eps, norm)
 
-    def forward(self, layer, text, image, text_rows, image_rows, text_mask, pair_mask, read_text, read_image):
+    def alone(self, modality, states, mask):
+        return self.run(self.stack[0], states, None, None, None, mask) if modality == self.reader else None
+
+    def forward(self, layer, text, image, text_rows, image_rows, text_mask, pair_mask, *reads, alone=(None, None)):
+        read_text, read_image = reads
         if self.reader == "text":
-            texts = self._read(layer, text, image, text_rows, image_rows, text_mask, None, read_text)
+            texts = self._read(layer, text, image, text_rows, image_rows, text_mask, None, read_text, alone[0])
             return texts, _passed(image, image_rows, read_image)
-        images = self._read(layer, image, text, image_rows, text_rows, None, pair_mask, read_image)
+        images = self._read(layer, image, text, image_rows, text_rows, None, pair_mask, read_image, alone[1])
         return _passed(text, text_rows, read_text), images
 
     def attention(self, layer, text, image, mask):
@@ -120,7 +121,8 @@ class AsymmetricAttention(CrossEncoder):
         return AttentionMaps(None, self.stack[layer].attention(image, text, None, mask))
 
     def _read(self, layer: int, *args) -> Tensor | None:
-        if args[-1] is None:
+        *_, read, _ = args
+        if read is None:
             return None
         output = self.run(self.stack[layer], *args)
         return self.norm(output) if layer == self.layers - 1 else output

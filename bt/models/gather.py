@@ -40,6 +40,10 @@ class Reading:
     positions: Tensor | None = None
     valid: Tensor | None = None
 
+    @property
+    def everything(self) -> bool:
+        return not self.first and self.positions is None
+
     @staticmethod
     def of(mask: Tensor) -> Reading:
         """mask: (P, S) bool."""

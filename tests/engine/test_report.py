@@ -27,10 +27,10 @@ def test_plain_lines_where_there_is_no_terminal():
     progress = Progress(200, start=100, stream=stream)
     progress.began -= 30.0  # thirty seconds for the fifty steps below
     progress.step(150)
-    progress.report(150, 0.75, {"mlm": 2.34567, "itm": 0.5}, 1234.4)
+    progress.report(150, 0.75, {"mlm": 2.34567, "itm": 0.5}, 1234.4, 0.123)
     progress.say("saved")
     progress.close()
-    expected = "step 150/200  epoch 0.75  mlm 2.3457  itm 0.5000  1,234 pairs/s  0:00:30 left\nsaved\n"
+    expected = "step 150/200  epoch 0.75  mlm 2.3457  itm 0.5000  1,234 pairs/s  data wait 12 %  0:00:30 left\nsaved\n"
     assert stream.getvalue() == expected
 
 
@@ -38,11 +38,11 @@ def test_a_bar_on_a_terminal():
     stream = Terminal()
     progress = Progress(200, start=100, stream=stream)
     progress.step(149)
-    progress.report(150, 0.75, {"mlm": 2.34567}, 1234.4)
+    progress.report(150, 0.75, {"mlm": 2.34567}, 1234.4, 0.0)
     progress.say("saved")
     progress.close()
     last = stream.getvalue().split("\r")[-1]
-    assert "75%" in last and "150/200" in last and "mlm 2.3457  1,234 pairs/s" in last
+    assert "75%" in last and "150/200" in last and "mlm 2.3457  1,234 pairs/s  data wait 0 %" in last
     assert re.search(r"\[\d\d:\d\d<\d\d:\d\d", last)
     assert "saved\n" in stream.getvalue()
 
@@ -50,7 +50,7 @@ def test_a_bar_on_a_terminal():
 def test_other_ranks_are_silent():
     stream = io.StringIO()
     progress = Progress(10, stream=stream, shown=False)
-    progress.report(1, 0.1, {"vqa": 1.0}, 1.0)
+    progress.report(1, 0.1, {"vqa": 1.0}, 1.0, 0.0)
     progress.say("x")
     progress.close()
     assert stream.getvalue() == ""

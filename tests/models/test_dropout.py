@@ -100,6 +100,10 @@ def test_places_of_all_objectives(training):
     once = [place for layer in BOTH for place in cross_places(*layer, "tower.")]
     masked = [place for layer in BOTH[:3] for place in cross_places(*layer, "tower.")]
     expected = 2 * text_places("tower.") + 2 * once + masked
+    # The first layer's self-attention runs once for images, and once for texts and for masked ones.
+    for modality, again in (("image", 2), ("text", 1)):
+        for place in cross_places(modality, 0, "tower.")[:3:2] * again:
+            expected.remove(place)
     assert sorted(recorder.found) == (sorted(expected) if training else [])
 
 

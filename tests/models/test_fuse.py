@@ -128,6 +128,7 @@ def test_first_layer_computes_once_per_unique_input():
     batch = {}
     for modality in ("text", "image"):
         layer = getattr(tower.cross, f"{modality}_layers")[0]
+        layer.cross_attention.folding = False  # which would leave out projections
         for part in ("self_attention.qkv", "cross_attention.q", "cross_attention.kv", "ffn"):
             key = f"{modality}.{part}"
             layer.get_submodule(part).register_forward_pre_hook(
@@ -144,6 +145,33 @@ def test_first_layer_computes_once_per_unique_input():
         "image.cross_attention.kv": 7,
         "image.ffn": 7,
     }
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_passes_over_the_same_inputs_share_what_is_theirs_alone(layers):
+    """Two passes: the bridge and the self-attention of the first layer run once, unless that layer is also the last;
+    outputs and gradients are those of two encodings."""
+    tower = make_tower(cross_layers=layers)
+    other = PAIRS.flip(0)
+    first = [fuse(tower, pairs, Need(cls=True)).cls for pairs in (PAIRS, other)]
+    total(*first).backward()
+    expected = gradients(tower)
+    tower.zero_grad()
+    runs = []
+    for modality in ("text", "image"):
+        attention = getattr(tower.cross, f"{modality}_layers")[0].self_attention
+        attention.register_forward_hook(lambda *_, modality=modality: runs.append(modality))
+    images, texts = tower.encode_images(make_images(2)), tower.encode_texts(make_texts(7))
+    with torch.no_grad():  # leaves nothing behind that would lack gradients
+        tower.fuse(images, texts, PAIRS, Need(cls=True))
+    runs.clear()
+    found = [tower.fuse(images, texts, pairs, Need(cls=True)).cls for pairs in (PAIRS, other)]
+    assert sorted(runs) == (["image", "text"] if layers == 2 else ["image", "image", "text", "text"])
+    torch.testing.assert_close(found, first, rtol=0, atol=2e-6)
+    total(*found).backward()
+    scale = max(gradient.abs().max().item() for gradient in expected.values())
+    for name, gradient in gradients(tower).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6 * scale, msg=name)
 
 
 def test_rows_in_order_are_not_copied():

@@ -9,13 +9,14 @@ from typing import Any
 
 import open_clip
 import torch
-from open_clip.transformer import QuickGELU, VisionTransformer
+from open_clip.transformer import VisionTransformer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bt.errors import ConfigError
 from bt.models.checks import check_range
 from bt.models.encoders.base import VisionEncoder
+from bt.models.quick_gelu import QuickGELU
 
 
 @dataclass(frozen=True)
