@@ -7,8 +7,11 @@ import pytest
 import torch
 
 from bt.checkpoint import main
+from bt.engine.initial import load_weights
+from bt.errors import CheckpointError
+from bt.interop.folder import build
 from bt.interop.load import load_model
-from tests.interop.models import released_file
+from tests.interop.models import bundle, released_file
 from tests.test_evaluate import SMOKE, VQA, evaluate  # noqa: F401 - a fixture
 from tests.test_train import run
 
@@ -93,7 +96,7 @@ def test_the_report_of_an_import(tmp_path, capsys):
         main(given)
 
 
-def test_a_released_file_as_init_from_says_what_to_do(tmp_path, few_dir, evaluate):  # noqa: F811
+def test_a_released_file_as_init_from_says_what_to_do(tmp_path):
     released_file("add", tmp_path / "bt.ckpt")
-    done = evaluate(f"init_from={tmp_path / 'bt.ckpt'}", VQA, "trainer=smoke", f"data.dir={few_dir}")
-    assert done.status == 1 and f"python -m bt.checkpoint import {tmp_path}/bt.ckpt --out DIR" in done.error
+    with pytest.raises(CheckpointError, match=f"python -m bt.checkpoint import {tmp_path}/bt.ckpt --out DIR"):
+        load_weights(tmp_path / "bt.ckpt", build(bundle()))

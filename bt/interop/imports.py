@@ -218,7 +218,7 @@ def restore_record(nodes: dict[str, Any], state: dict[str, Tensor], record: Mapp
 
 def _labels(bundle: Bundle, recorded: Mapping[str, Any], given: Mapping[str, list[str]]) -> dict[str, list[str]]:
     heads = label_rows(bundle.state)
-    labels: dict[str, list[str]] = {}
+    labels = {kind: list(names) for kind, names in recorded.items()}
     for name in heads:
         kind = LABELS_OF[name]
         if name in RELEASED_CLASSES and heads[name] == len(RELEASED_CLASSES[name]):

@@ -174,7 +174,7 @@ def test_graphs_of_the_three_calls(form, tmp_path):
         session = onnxruntime.InferenceSession(tmp_path / "graphs/encode_images.onnx")
         found = torch.from_numpy(session.run(["states"], {"images": images.numpy(), "types": types.numpy()})[0])
     else:
-        found = torch.export.load(tmp_path / "graphs/encode_images.pt2").module()(images, types)[0]
+        found = torch.export.load(tmp_path / "graphs/encode_images.pt2").module()(images=images, types=types)[0]
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
