@@ -142,7 +142,6 @@ def test_noise_is_for_training_alone():
 
 def model_of(bridge: str, cross: str, *overrides: str) -> nn.Module:
     size = ["cross.width=32", "cross.heads=2", "cross.layers=2"] if cross != "tiny" else []
-    managed = ["bridge.managed=2"] if "managers" in bridge else []
     cfg = composed(
         "encoder=tiny",
         f"cross={cross}",
@@ -150,7 +149,6 @@ def model_of(bridge: str, cross: str, *overrides: str) -> nn.Module:
         "task=pretrain",
         "data.max_text_len=20",
         *size,
-        *managed,
         *overrides,
     )
     tokenizer = train_tokenizer(["a red circle", "a blue square"])

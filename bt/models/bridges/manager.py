@@ -113,11 +113,11 @@ class ManagerBridge(Bridge):
             raise ConfigError(f"bridge.kind={kind}: allowed are static, adaptive")
         if weights not in ("vector", "scalar"):
             raise ConfigError(f"bridge.weights={weights}: allowed are vector, scalar")
+        if layers < 1:
+            raise ConfigError(f"cross.layers={layers}: managers need at least one cross-modal layer")
         check_range("bridge.managed", managed, at_least=1)
         for key, value in (("temperature", temperature), ("norm_eps", norm_eps), ("init_std", init_std)):
             check_range(f"bridge.{key}", value, above=0)
-        if layers < 1:
-            raise ConfigError(f"cross.layers={layers}: managers need at least one cross-modal layer")
         self.states = managed
         self.layer_embeddings = nn.Embedding(managed, width)
         shared = {"norm_eps": norm_eps, "temperature": temperature, "noise": noise}
