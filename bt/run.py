@@ -11,6 +11,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from bt.config import Config, one_line, other_settings, prepare_run_dir, resolve
 from bt.data.dataset import Loader
 from bt.engine import checkpoint, distributed, heartbeat, report, watch
 from bt.engine.compiled import compile_layers
+from bt.engine.cost import measure_cost
 from bt.engine.distributed import World
 from bt.engine.evaluate import Measured, evaluate
 from bt.engine.initial import load_weights, weights_file
@@ -74,11 +76,13 @@ class Training:
         """Loads weights, makes the run's directory (rank 0), and goes to the step to start from."""
         cfg = self.cfg
         if self.last is None and cfg.init_from:
-            labels, ignore = self.train_set.labels, cfg.checkpoint.ignore_heads
-            self.say(str(load_weights(cfg.init_from, self.model, ignore_heads=ignore, labels=labels)))
+            chosen = {"ignore_heads": cfg.checkpoint.ignore_heads, "encoders_only": cfg.checkpoint.encoders_only}
+            self.say(str(load_weights(cfg.init_from, self.model, labels=self.train_set.labels, **chosen)))
             if others := other_settings(weights_file(cfg.init_from), cfg):
                 self.say(f"otherwise than {cfg.init_from} was trained: {'; '.join(others)}")
         self.model.to(self.world.device)
+        # Before layers are compiled and parameters are spread over ranks.
+        self.cost = measure_cost(self.model, cfg.data.max_text_len) if self.world.main else None
         if cfg.trainer.compile:
             compile_layers(self.model, self.world.device)
         parallel = make_parallel(self.model, self.world, cfg.trainer.parallel)
@@ -140,6 +144,7 @@ class Training:
                 self.say(note)
         if self.world.main and (note := self.data.pixel_note(self.train_set, self.cfg.data.train_transform)):
             self.say(note)
+        self.say(str(self.cost))
         mirror = self.mirror()
         self.progress = Progress(total, step, shown=self.world.main)
         self.system = SystemMetrics() if self.cfg.tracking.system_metrics and self.world.main else None
@@ -185,7 +190,7 @@ class Training:
     def mirror(self) -> Mirror | None:
         if not self.world.main:
             return None
-        tags = report.tracking_tags(self.world.device)
+        tags = report.tracking_tags(self.world.device) | self.cost.tags() | {"world_size": str(self.world.size)}
         return Mirror(self.cfg.tracking, self.run_dir, self.cfg.name, tags, sweep_dir=resolve_sweep_dir())
 
     def on_log(self, step: StepReport) -> None:
@@ -349,6 +354,7 @@ class Training:
             "seconds": self.elapsed(),
             "pairs_per_second": statistics.median(speeds) if speeds else None,
             "parameters": {"all": sum(counts.values()), **counts},
+            "cost": asdict(self.cost),
             "left_out": {split: dict(sorted(bad.items())) for split, bad in self.left_out.items()},
             "world_size": self.world.size,
             **report.peak_memory(self.world.device),
@@ -361,7 +367,8 @@ class Training:
         shown += [("seconds", content["seconds"]), ("parameters", content["parameters"]["all"])]
         print("\n" + table(shown, (f"result of the {'best' if self.best else 'last'} checkpoint", "value")) + "\n")
         best = checkpoint.best_checkpoint(self.run_dir) or checkpoint.last_checkpoint(self.run_dir)
-        mirror.finish("FINISHED", [path for path in (written, curves) if path], {"checkpoint": str(best.resolve())})
+        tags = {key: str(content[key]) for key in ("seconds", "pairs_per_second")} | {"checkpoint": str(best.resolve())}
+        mirror.finish("FINISHED", [path for path in (written, curves) if path], tags)
         self.say(f"finished; {written}")
 
 

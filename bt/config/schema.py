@@ -115,6 +115,7 @@ class CheckpointConfig:
     keep: int = option(1, low=1)
     background: bool = True
     ignore_heads: bool = False
+    encoders_only: bool = False
 
 
 @dataclass

@@ -27,13 +27,14 @@ class Loaded:
     """
 
     source: Path
+    encoders_only: bool = False
     reused: list[str] = field(default_factory=list)
     started: list[str] = field(default_factory=list)
     new: list[str] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        parts = [f"weights from {self.source}"]
+        parts = [f"weights {'of the encoders ' if self.encoders_only else ''}from {self.source}"]
         parts += [f"{word}: {', '.join(names)}" for word, names in self._named() if names]
         return "; ".join(parts)
 
@@ -107,12 +108,14 @@ def load_weights(
     *,
     ignore_heads: bool = False,
     labels: Mapping[str, list[str]] | None = None,
+    encoders_only: bool = False,
 ) -> Loaded:
     """Loads the tower, and the heads of the objectives that both have, into `model` (bt.tasks.base.TaskModel).
 
     The tower must fit after `BridgeTower.adapt_state` (image size, channels, token types); CheckpointError names the
     first keys and shapes that do not. A head with other shapes, or whose rows mean other `labels` (of the data) than
     when it was trained, is an error too, unless `ignore_heads`: then it starts new. No key is dropped silently.
+    encoders_only: the two uni-modal encoders are loaded, whatever else the checkpoint holds; all else starts new.
     """
     source = weights_file(path)
     state = read_weights(source)
@@ -129,14 +132,17 @@ def load_weights(
             f"{foreign[0] if foreign else 'no tower'}; `python -m bt.checkpoint import {source} --out DIR` reads those "
             "of other programs"
         )
+    own = model.tower.state_dict()
+    if encoders_only:
+        tower, own, heads = _encoders(tower), _encoders(own), {}
     tower = model.tower.adapt_state(tower)
-    lines = differences(shapes(tower), shapes(model.tower.state_dict()))
+    lines = differences(shapes(tower), shapes(own))
     if lines:
         more = f" and {len(lines) - 4} more" if len(lines) > 4 else ""
         raise CheckpointError(
             f"{source} holds another architecture: " + "; ".join(f"tower.{line}" for line in lines[:4]) + more
         )
-    report = Loaded(source, unused=[name for name in heads if name not in model.objectives])
+    report = Loaded(source, encoders_only, unused=[name for name in heads if name not in model.objectives])
     fitting: dict[str, Tensor] = {}
     for name, objective in model.objectives.items():
         lines = differences(shapes(heads[name]), shapes(objective.state_dict())) if name in heads else []
@@ -159,6 +165,10 @@ def load_weights(
             fitting |= {f"objectives.{name}.{key}": value for key, value in tensors.items()}
         elif objective.state_dict():
             report.new.append(name)
-    model.tower.load_state_dict(tower)
+    model.tower.load_state_dict(tower, strict=not encoders_only)
     model.load_state_dict(fitting, strict=False)
     return report
+
+
+def _encoders(tower: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: tensor for key, tensor in tower.items() if key.startswith(("vision.", "text."))}

@@ -320,6 +320,25 @@ def test_a_head_with_other_classes_is_an_error_unless_ignored(tmp_path):
     assert all(torch.equal(value, head[key]) for key, value in target.objectives.state_dict().items())
 
 
+def test_the_encoders_alone_are_taken_from_another_architecture(tmp_path):
+    source = make_model(width=16)
+    save_simply(tmp_path, 1, source)
+    target = make_model(seed=1, width=32)
+    before = {key: value.clone() for key, value in target.state_dict().items()}
+    report = load_weights(tmp_path, target, encoders_only=True)
+    assert same(target.tower.vision, source.tower.vision) and same(target.tower.text, source.tower.text)
+    rest = {
+        key: value for key, value in target.state_dict().items() if not key.startswith(("tower.vision", "tower.text."))
+    }
+    assert len(rest) > 10 and all(torch.equal(value, before[key]) for key, value in rest.items())
+    assert report.new == ["vqa"] and str(report).startswith("weights of the encoders from ")
+    other = make_model(width=16)
+    del other.tower.text
+    save_simply(tmp_path / "half", 1, other)
+    with pytest.raises(CheckpointError, match="holds another architecture: tower.text.*: has nothing, needs"):
+        load_weights(tmp_path / "half", target, encoders_only=True)
+
+
 def test_another_image_size_is_fitted(tmp_path):
     source = make_model(image_size=32)
     save_simply(tmp_path, 1, source)
