@@ -27,12 +27,12 @@ _CACHED_TEXTS = 65_536
 class Tokenizer:
     """Texts to ids.
 
-    bos_id, eos_id, pad_id, mask_id, special_ids (all of them), vocab_size. Encodings of the texts seen last are kept,
-    since questions and captions repeat.
+    bos_id, eos_id, pad_id, special_ids (all of them), vocab_size; mask_id, None where there is no mask token (CLIP),
+    and then no MLM. Encodings of the texts seen last are kept, since questions and captions repeat.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, special: dict[str, str]):
-        """special: the tokens that play the roles bos, eos, pad and mask."""
+        """special: the tokens that play the roles bos, eos, pad and, where there is one, mask."""
         self.backend = backend
         self.backend.no_truncation()
         self.backend.no_padding()
@@ -41,7 +41,8 @@ class Tokenizer:
         if missing:
             raise DataError(f"the tokenizer has no {', '.join(missing)} token")
         self.special = special
-        self.bos_id, self.eos_id, self.pad_id, self.mask_id = (ids[role] for role in ("bos", "eos", "pad", "mask"))
+        self.bos_id, self.eos_id, self.pad_id = (ids[role] for role in ("bos", "eos", "pad"))
+        self.mask_id = ids.get("mask")
         added = [number for number, token in backend.get_added_tokens_decoder().items() if token.special]
         self.special_ids = sorted({*ids.values(), *added})
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
@@ -104,11 +105,13 @@ class Tokenizer:
 
 
 def _roles(backend: tokenizers.Tokenizer, where: str) -> dict[str, str]:
-    """Which tokens are start, end, padding and mask: RoBERTa's or BERT's names."""
-    for names in (("<s>", "</s>", "<pad>", "<mask>"), ("[CLS]", "[SEP]", "[PAD]", "[MASK]")):
+    """Which tokens are start, end, padding and mask: RoBERTa's, BERT's or CLIP's names. CLIP has no mask token,
+    and pads with its end token."""
+    clip = "<|startoftext|>", "<|endoftext|>", "<|endoftext|>"
+    for names in (("<s>", "</s>", "<pad>", "<mask>"), ("[CLS]", "[SEP]", "[PAD]", "[MASK]"), clip):
         if all(backend.token_to_id(name) is not None for name in names):
-            return dict(zip(("bos", "eos", "pad", "mask"), names, strict=True))
-    raise DataError(f"{where}: neither RoBERTa's nor BERT's special tokens are in this tokenizer")
+            return dict(zip(("bos", "eos", "pad", "mask"), names, strict=False))
+    raise DataError(f"{where}: neither RoBERTa's nor BERT's nor CLIP's special tokens are in this tokenizer")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int | None = None) -> Tokenizer:
@@ -184,6 +187,8 @@ def pretrained_tokenizer(name: str) -> Tokenizer:
         "pad": found.pad_token,
         "mask": found.mask_token,
     }
+    if roles["mask"] is None:
+        del roles["mask"]
     if None in roles.values():
         raise ConfigError(f"the tokenizer '{name}' lacks a {[k for k, v in roles.items() if v is None][0]} token")
     return Tokenizer(found.backend_tokenizer, roles)

@@ -85,6 +85,8 @@ class MLM(Objective):
         check_range("MLM.probability", probability, above=0, at_most=1)
         check_range("MLM.norm_eps", norm_eps, above=0)
         tokenizer = context.tokenizer
+        if tokenizer.mask_id is None:
+            raise ConfigError("the tokenizer of encoder.text has no mask token, which MLM needs")
         targets = MLMTargets(
             probability, tokenizer.vocab_size, tokenizer.mask_id, tuple(tokenizer.special_ids), masking
         )

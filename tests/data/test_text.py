@@ -8,6 +8,8 @@ from transformers import PreTrainedTokenizerFast
 from bt.data import text as text_module
 from bt.data.text import load_tokenizer, make_tokenizer, pretrained_tokenizer, train_tokenizer
 from bt.errors import ConfigError, DataError
+from bt.tasks.base import Context
+from bt.tasks.mlm import MLM
 
 TEXTS = ["A red dog.", "a red CAT, a cat?", "the dog's red"]
 
@@ -97,6 +99,26 @@ def test_pretrained_tokenizers_equal_transformers(bert_folder):
         assert ours.encode(texts, length) == theirs(texts, truncation=True, max_length=length).input_ids
     assert (ours.bos_id, ours.eos_id, ours.pad_id, ours.mask_id, ours.vocab_size) == (2, 3, 0, 4, 7)
     assert ours.special_ids == [0, 1, 2, 3, 4]
+
+
+def test_clips_tokenizer_has_no_mask_token(tmp_path):
+    """It serves tasks without MLM, and is known again from a run's tokenizer.json; MLM says what it lacks."""
+    words = ["<|startoftext|>", "<|endoftext|>", "red", "dog"]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<|endoftext|>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        f"{words[0]} $A {words[1]}", None, [(words[0], 0), (words[1], 1)]
+    )
+    roles = {"bos_token": words[0], "eos_token": words[1], "pad_token": words[1]}
+    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token=words[1], **roles).save_pretrained(tmp_path / "clip")
+    found = pretrained_tokenizer(str(tmp_path / "clip"))
+    found.save(tmp_path / "tokenizer.json")
+    for ours in (found, load_tokenizer(tmp_path / "tokenizer.json")):
+        assert (ours.bos_id, ours.eos_id, ours.pad_id, ours.mask_id) == (0, 1, 1, None)
+        assert ours.batch(["red dog", "dog"], 9).ids.tolist() == [[0, 2, 3, 1], [0, 3, 1, 1]]
+    with pytest.raises(ConfigError, match="the tokenizer of encoder.text has no mask token, which MLM needs"):
+        MLM(Context(16, 16, 16, found))
 
 
 def test_choice_by_configuration(bert_folder):
