@@ -18,8 +18,9 @@ SCRIPT = Path(__file__).with_name("slurm_local.sh")
 DATA, STORE = Path("data/easy_vqa"), "sqlite:///sweeps/slurm-demo.db"
 # Small enough for two cores; the point is what SLURM does to it.
 SETTINGS = [
-    "experiment=easy_vqa", "sweep=bridges", "seed=0,1", "encoder=tiny", "cross=tiny", "data.max_samples=600",
-    "eval.max_samples=200", "trainer.epochs=2", "trainer.threads=1", "trainer.log_every=10", "global_batch=32",
+    "experiment=easy_vqa", "sweep=bridges", "bridge=none,add", "seed=0,1", "encoder=tiny", "cross=tiny",
+    "data.max_samples=600", "eval.max_samples=200", "trainer.epochs=2", "trainer.threads=1", "trainer.log_every=10",
+    "global_batch=32",
     "checkpoint.every_steps=50", f"tracking.uri={STORE}", "tracking.experiment=slurm-demo",
 ]  # fmt: skip
 

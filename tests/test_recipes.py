@@ -22,7 +22,7 @@ from bt.errors import ConfigError
 from bt.smoke import all_experiments
 
 # The demo's and other experiments of our own: no official script to compare with.
-OWN = {"easy_vqa", "easy_vqa_pretrain"}
+OWN = {"easy_vqa", "easy_vqa_pretrain", "ablation_encoders", "ablation"}
 
 # Equal in all official runs, BridgeTower's, METER's, ManagerTower's and the uni-modal ones.
 ALWAYS = {

@@ -20,12 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from bt.config.record import flatten, read_recorded
+from bt.engine.members import SUBMITTED, members_of, submitted_label
 
 CURSOR = "tracking.json"
 JOURNAL = "metrics.jsonl"
 # MLflow's limits for one request.
 METRICS_PER_BATCH, PARAMS_PER_BATCH, PARAM_LENGTH = 1000, 100, 500
 PARENT, KEY = "mlflow.parentRunId", "bt.key"  # tags: MLflow's own of a child run; ours, which finds a run again
+MEMBER, MEMBERS = "bt.member", "bt.members"  # which member of its sweep a run is; of the sweep's run: all, as JSON
+TAG_LENGTH = 5000  # of a tag's value in all stores; a sweep with more members to name has no such tag
 OPEN = ("RUNNING", "SCHEDULED")
 # A fork during an import would leave the child with an import lock that nobody gives back, so forks wait for it.
 _importing = threading.RLock()
@@ -145,8 +148,8 @@ class Sender:
             self.cursor.forget_run()
             run_id = None
         if run_id is None:
-            experiment_id, parent = self._experiment_id(), self._parent()
-            run_id = create_once(self.client, self.cursor, experiment_id, self.name, {PARENT: parent} if parent else {})
+            experiment_id = self._experiment_id()
+            run_id = create_once(self.client, self.cursor, experiment_id, self.name, self._place())
         elif not self.cursor.get("final") and not self.cursor.get("sent"):
             self.client.update_run(run_id, status="RUNNING")
         open_address = self.uri if not re.search(r"[@?]", self.uri) else None
@@ -158,6 +161,15 @@ class Sender:
         self._connect()
         self.client.update_run(self.run_id, status="SCHEDULED")
         return str(self.run_id)
+
+    def _place(self) -> dict[str, str]:
+        """Tags of a run that is a member of a sweep: the sweep's run, and which member it is."""
+        parent = self._parent()
+        if parent is None:
+            return {}
+        sweep_dir = (self.run_dir / self.cursor.get("sweep")).resolve()
+        member = self.cursor.get("member") or submitted_label(self.run_dir, sweep_dir)
+        return {PARENT: parent} | ({MEMBER: member} if member else {})
 
     def _parent(self) -> str | None:
         """The id of the sweep's run in the store, made by the first member that gets here."""
@@ -174,8 +186,18 @@ class Sender:
             if run_id is None:
                 run_id = create_once(self.client, cursor, self._experiment_id(), sweep_dir.name, {"bt.sweep": "true"})
             cursor.set(run_id=run_id, store=digest)
+            self._name_members(run_id, sweep_dir)
         self.client.update_run(run_id, status="RUNNING")
         return run_id
+
+    def _name_members(self, parent: str, sweep_dir: Path) -> None:
+        """Tells the sweep's run which members there are to be."""
+        before = json.loads(self.client.get_run(parent).data.tags.get(MEMBERS, "[]"))
+        now = members_of(sweep_dir) or []
+        # What was submitted stands in one file; Hydra's has the last command alone.
+        named = now if (sweep_dir / SUBMITTED).is_file() else [*dict.fromkeys([*before, *now])]
+        if named != before and len(text := json.dumps(named)) <= TAG_LENGTH:
+            self.client.set_tag(parent, MEMBERS, text)
 
     def _end_parent(self) -> None:
         """Ends the sweep's run when none of its members goes on or waits."""

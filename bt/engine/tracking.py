@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bt.config import TrackingConfig, read_config
+from bt.engine.members import member_of_job
 from bt.engine.mlflow_store import JOURNAL, Cursor, Sender, default_uri, without_secrets
 from bt.errors import DataError, UserError
 
@@ -87,7 +88,7 @@ class Mirror:
             self.cursor = Cursor(run_dir)
             self.cursor.set(tags=dict(tags), experiment=cfg.experiment, name=name, final=None, sent=None)
             if sweep_dir is not None:
-                self.cursor.set(sweep=os.path.relpath(sweep_dir, run_dir))
+                self.cursor.set(sweep=os.path.relpath(sweep_dir, run_dir), member=member_of_job())
             (self.run_dir / JOURNAL).touch()
         except OSError as error:  # a full disk, such as any that tracking may not end the training with
             log.warning(
