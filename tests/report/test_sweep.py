@@ -45,7 +45,7 @@ def test_the_table_of_a_finished_sweep(tmp_path, monkeypatch, capsys):
     done = run("bt.train", *settings, "trainer.epochs=10", "optimizer.lr=1e-5,1e-1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     monkeypatch.chdir(tmp_path)
-    main(["--sweep", "cifar"])
+    main(["--sweep", "cifar", "--best"])
     shown = capsys.readouterr().out.splitlines()
     reports = [json.loads(path.read_text()) for path in (tmp_path / "sweeps/cifar").glob("*/report.json")]
     assert len(reports) == 4 and len(shown) == 4
@@ -85,7 +85,7 @@ def test_a_metric_that_is_to_be_small():
 def test_mistakes_are_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="^error: sweeps/nope is no directory of a sweep: it holds no run$"):
-        main(["--sweep", "nope"])
+        main(["--sweep", "nope", "--best"])
     (tmp_path / "sweeps/broken/one").mkdir(parents=True)
     (tmp_path / "sweeps/broken/one/config.yaml").write_text("name: one\ntask: {metric: a/val/b, mode: max}\n")
     assert read_members(tmp_path / "sweeps/broken")[0].value is None

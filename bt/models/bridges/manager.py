@@ -39,7 +39,11 @@ class _Manager(nn.Module):
         """scores, broadcast to experts (B, N, S, D) -> their weighted sum (B, S, D)."""
         if self.training and self.noise:
             scores = scores + torch.randn_like(experts) / len(self.norms)
-        return (torch.softmax(scores / self.temperature, dim=1) * experts).sum(dim=1)
+        return (self.proportions(scores) * experts).sum(dim=1)
+
+    def proportions(self, scores: Tensor) -> Tensor:
+        """scores (B, N, ...) -> the share of each expert, which add up to 1 over N."""
+        return torch.softmax(scores / self.temperature, dim=1)
 
 
 class _Static(_Manager):
@@ -73,11 +77,15 @@ class _Adaptive(_Manager):
         self, uni: list[Tensor], rows: Tensor | None, own: Tensor, other: Tensor, other_mask: Tensor | None
     ) -> Tensor:
         own, other = self.own_norm(own), self.other_norm(other)
+        scores = self.score(own, other, other_mask)
+        return self.aggregate(scores, gather(self.experts(uni), rows)) + self.own_weight * own
+
+    def score(self, own: Tensor, other: Tensor, other_mask: Tensor | None) -> Tensor:
+        """Of the normalised outputs of both modalities: (P, N, S, 1)."""
         mask = None if self.attend_padding or other_mask is None else other_mask[:, None, :]
         scale = 1 / math.sqrt(own.shape[-1])
         read = F.scaled_dot_product_attention(self.q(own), self.k(other), other, attn_mask=mask, scale=scale)
-        scores = self.controller(torch.cat([read, own], dim=-1)).transpose(1, 2)[..., None]  # (P, N, S, 1)
-        return self.aggregate(scores, gather(self.experts(uni), rows)) + self.own_weight * own
+        return self.controller(torch.cat([read, own], dim=-1)).transpose(1, 2)[..., None]
 
 
 class ManagerBridge(Bridge):
@@ -146,3 +154,14 @@ class ManagerBridge(Bridge):
         if isinstance(manager, _Static):
             return manager(placed, rows, own)
         return manager(placed, rows, own, other, other_mask)
+
+    def shares(self, layer: int, own: Tensor | None, other: Tensor | None, other_mask: Tensor | None = None) -> Tensor:
+        """What the managed uni-modal layers, bottom first, have in the input of cross-modal layer `layer`, without
+        training's noise: of a static manager (1, managed, 1, width or 1), of an adaptive one (P, managed, S, 1).
+
+        own, other: as in forward.
+        """
+        manager = self.managers[layer]
+        if isinstance(manager, _Static):
+            return manager.proportions(manager.scores[None])
+        return manager.proportions(manager.score(manager.own_norm(own), manager.other_norm(other), other_mask))
