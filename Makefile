@@ -9,7 +9,7 @@ ARGS ?=
 RUN_DIR ?= runs/demo/vqa runs/demo/pretrain
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test smoke bench lint format baselines clean tasks-report soak slurm-local slurm-demo mlflow-server app doctor
+.PHONY: help ablation notebooks venv demo test smoke bench lint format baselines clean tasks-report soak slurm-local slurm-demo mlflow-server app doctor
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -19,7 +19,7 @@ venv: $(VENV)/.installed  ## Make .venv with everything that the other targets n
 $(VENV)/.installed: pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; install Python 3.11 or newer, or give PYTHON=python3.x" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -e '.[dev,slurm,tracking,app,onnx]'
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -e '.[dev,slurm,tracking,app,onnx,notebooks]'
 	@touch $@
 
 demo: $(VENV)/.installed  ## Pre-train and fine-tune a small BridgeTower on easy-VQA, report against baselines (under 10 minutes on 2 cores)
@@ -52,6 +52,12 @@ doctor: $(VENV)/.installed  ## Say what this machine has for bt, and what is mis
 
 bench: $(VENV)/.installed  ## Compare speed with transformers' BridgeTower on the same work, base size (about 20 minutes)
 	$(RUN) -m bt.bench --out bench.json
+
+ablation: $(VENV)/.installed  ## Compare bridges and cross-modal layers on easy-VQA, three seeds each (says first how long it takes; resumable)
+	$(RUN) -m bt.ablation $(ARGS)
+
+notebooks: $(VENV)/.installed  ## Run notebooks/ on the runs in mlflow.db (of make ablation) and render them to docs/notebooks
+	$(RUN) -m bt.report.notebooks $(ARGS)
 
 lint: $(VENV)/.installed  ## Check style and formatting
 	$(VENV)/bin/ruff check .
