@@ -21,7 +21,8 @@ DATA_DIR, ENCODERS = "data/easy_vqa", "runs/ablation_encoders"
 # Name, members, and the setting that the others are tested against.
 SWEEPS = (("ablation_bridges", 36, "bridge=none"), ("ablation_layers", 36, None))
 TABLES = Path("docs/ablation")
-# Measured on one core of an Intel Xeon, 2026-11-25; only until there are finished runs to go by.
+# CPU seconds: of the encoders' training as measured, of a run extrapolated from a hundred steps; used until there are
+# finished runs to go by.
 SECONDS = {"encoders": 100.0, "run": 45.0}
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bt.assemble import Data, build_model, open_shards, tokenizer_of
 from bt.config import Config, read_config
+from bt.config.targets import add_plugins
 from bt.data.batch import Batch
 from bt.data.text import Tokenizer
 from bt.engine.distributed import World
@@ -29,7 +30,7 @@ MODALITIES = ("text", "image")
 
 @dataclass(frozen=True)
 class Opened:
-    """A trained model in evaluation mode, and a batch of its data on its device."""
+    """A trained model in evaluation mode, and a batch of its data, both on the CPU."""
 
     config: Config
     model: TaskModel
@@ -67,6 +68,7 @@ def open_run(run: Run | Path, pairs: int = 64, split: str | None = None) -> Open
     if not weights.is_file():
         raise DataError(f"{weights} is not there: was the run directory moved?")
     config = read_config(run_dir)
+    add_plugins(config.plugins)
     tokenizer = tokenizer_of(weights)
     shards = open_shards(config.data, split or config.data.val_split, each=False)
     model = build_model(config, tokenizer, shards.labels, pretrained=False)
@@ -173,8 +175,8 @@ def manager_weights(opened: Opened) -> dict[str, Tensor]:
 
 def attention_of_pair(opened: Opened, pair: int, layer: int = -1) -> tuple[Tensor, Tensor]:
     """Cross-attention of one pair, mean over heads: what each word takes of each image token (words, image tokens),
-    and what each image token takes of each word (image tokens, words). Encoders of other grids than a square one, and
-    layers without one of the two, are refused with ConfigError by draw_attention."""
+    and what each image token takes of each word (image tokens, words). ConfigError where the cross-modal encoder has
+    only one of them."""
     images, texts = opened.encode()
     maps = opened.tower.attention_maps(images, texts, opened.batch.pairs[pair : pair + 1])[layer]
     words = int(opened.batch.texts.mask[opened.batch.pairs[pair, 1]].sum())
@@ -217,7 +219,7 @@ def draw_managers(opened: Opened) -> Picture:
 
 
 def draw_attention(opened: Opened, pair: int, layer: int = -1) -> Picture:
-    """The image of a pair, then for each word where it looks in it."""
+    """The image of a pair, then for each word where it looks in it. ConfigError for image tokens in no square grid."""
     reads, _ = attention_of_pair(opened, pair, layer)
     words = opened.words(int(opened.batch.pairs[pair, 1]))
     side = round((reads.shape[1] - 1) ** 0.5)
