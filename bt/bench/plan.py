@@ -12,9 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -35,6 +35,7 @@ from bt.tasks.itm import ITM
 from bt.tasks.mlm import MLM
 
 VOCABULARY = 50265
+ITC_WIDTH = 256
 CPU = torch.device("cpu")
 GB = 1e9
 
@@ -56,7 +57,8 @@ SIZES = {"small": Size(384, 12, 16, 224), "base": Size(768, 12, 16, 288), "large
 
 @dataclass
 class Traced:
-    """Of one rank's model. layers, rest: parameters of what FSDP gathers by itself, and of all else.
+    """Of one rank's model. layers, rest: parameters of what FSDP gathers by itself, and of all else; heads: of these,
+    those of the objectives, whose gradients are the first.
 
     fixed, per_pair: bytes that autograd keeps between the passes; largest: of one kept tensor, per pair.
     flops: of the forward passes, per pair. calls: how often each of `layers` runs in a step.
@@ -64,6 +66,7 @@ class Traced:
 
     layers: list[int]
     rest: int
+    heads: int
     calls: list[int] = field(default_factory=list)
     fixed: float = 0.0
     per_pair: float = 0.0
@@ -124,7 +127,8 @@ def trace(size: Size, tokens: int, precision: str, checkpointing: bool = False) 
     model.tower.set_gradient_checkpointing(checkpointing)
     blocks = layers(model)
     counts = [sum(p.numel() for p in block.parameters()) for block in blocks]
-    traced = Traced(counts, sum(p.numel() for p in model.parameters()) - sum(counts))
+    every, heads = (sum(p.numel() for p in part.parameters()) for part in (model, model.objectives))
+    traced = Traced(counts, every - sum(counts), heads)
     calls: Counter[int] = Counter()
     for number, block in enumerate(blocks):
         block.register_forward_hook(lambda *_, number=number: calls.update([number]))
@@ -158,45 +162,46 @@ def _forward(model: nn.Module, batch, precision: str, weights: set[int]) -> tupl
 def memory(traced: Traced, parallel: str, devices: int, micro_batch: int, accumulation: int) -> float:
     """Bytes at the peak of a step with fused AdamW, fp32 weights; without what libraries and the allocator keep.
 
-    One device: weights and two moments, and then either all activations or all gradients, as the backward pass frees
-    the ones while it makes the others. DDP: gradients are there all the time, in its buckets. FSDP: shares, beside all
-    that is no layer and two layers of the largest kind; accumulated gradients are whole.
+    One device: weights and two moments, and then either all activations, with the heads' gradients, or all gradients,
+    as the backward pass frees the ones while it makes the others. DDP: gradients are there all the time, in its
+    buckets, and accumulated ones beside them. FSDP: shares, beside all that is no layer and two layers of the largest
+    kind; gradients of what is no layer are whole until the end of the backward pass, accumulated ones too.
     """
     every = 4.0 * traced.parameters
     activations = traced.fixed + micro_batch * traced.per_pair
     working = 3 * micro_batch * traced.largest  # of the layer that runs
+    first = every if accumulation > 1 else 4.0 * traced.heads
     if devices == 1:
-        first = every if accumulation > 1 else 0.0
         return 3 * every + working + max(activations + first, every)
     if parallel == "ddp":
-        return 4 * every + working + activations
+        return (5 if accumulation > 1 else 4) * every + working + activations
     gathered = 4.0 * (traced.rest + 2 * max(traced.layers))
-    gradients = every if accumulation > 1 else gathered
-    return 4 * every / devices + gathered + gradients + working + activations
+    return 3 * every / devices + gathered + working + max(activations + first, every / devices + 4.0 * traced.rest)
 
 
 def network(traced: Traced, parallel: str, devices: int, accumulation: int) -> float:
-    """Bytes that a device sends in a step, by ring or tree: all-reduce of gradients, or for FSDP the gathering of each
-    layer whenever it runs and once more for its backward pass, of the rest once, and one reduce-scatter."""
+    """Bytes that a device sends in a step, by ring: all-reduce of gradients, or for FSDP the gathering of each layer
+    whenever it runs and once more for its backward pass, of the rest once a micro-batch, and one reduce-scatter (two of
+    layers that run more than once: what was accumulated before goes ahead)."""
     share = (devices - 1) / devices
     if parallel == "ddp":
         return 2 * share * 4.0 * traced.parameters
-    runs = zip(traced.layers, traced.calls, strict=True)
+    runs = list(zip(traced.layers, traced.calls, strict=True))
     gathers = sum(2 * calls * count for count, calls in runs) + traced.rest
-    return share * 4.0 * (accumulation * gathers + traced.parameters)
+    ahead = sum(count for count, calls in runs if calls > 1) if accumulation > 1 else 0
+    return share * 4.0 * (accumulation * gathers + traced.parameters + ahead)
 
 
-def plan(traced: Traced, options: argparse.Namespace, parallel: str, devices: int) -> list[str]:
-    """A row of the table."""
+def row(traced: Traced, options: argparse.Namespace, parallel: str, devices: int) -> list[str]:
+    """A row of the table. Exchange and computing may overlap in part: from one after the other to only the longer."""
     per_rank = options.global_batch // devices
     micro = min(options.micro_batch, per_rank)
     accumulation = per_rank // micro
     compute = per_rank * traced.flops * (4 if options.gradient_checkpointing else 3) / (options.tflops * 1e12)
     sent = network(traced, parallel, devices, accumulation)
-    exchange = sent / (options.network * GB)
-    slow, fast = options.global_batch / (compute + exchange), options.global_batch / max(compute, exchange)
-    local = min(devices, options.per_node)
-    reading = slow / devices * local * options.image_bytes, fast / devices * local * options.image_bytes
+    exchange = sent / GB / (options.inside if devices <= options.per_node else options.network)
+    speeds = [options.global_batch / seconds for seconds in (compute + exchange, max(compute, exchange))]
+    node = min(devices, options.per_node) / devices
     return [
         parallel if devices > 1 else "-",
         str(devices),
@@ -205,38 +210,60 @@ def plan(traced: Traced, options: argparse.Namespace, parallel: str, devices: in
         f"{sent / GB:.2f}",
         f"{compute:.3f}",
         f"{exchange:.3f}",
-        f"{slow:,.0f} to {fast:,.0f}",
-        f"{reading[0] / 1e6:.0f} to {reading[1] / 1e6:.0f}",
+        " to ".join(f"{speed:,.0f}" for speed in speeds),
+        " to ".join(f"{speed * node:,.0f}" for speed in speeds),
+        " to ".join(f"{speed * node * options.image_bytes / 1e6:.0f}" for speed in speeds),
     ]
 
 
 HEADER = (
-    "parallel devices micro-batches|memory, GB|sent a step, GB|computing, s|network, s|pairs/s|reading, MB/s a node"
-)
+    "parallel", "devices", "micro-batches", "memory, GB", "sent a step, GB", "computing, s", "network, s", "pairs/s",
+    "pairs/s a node", "reading, MB/s a node",
+)  # fmt: skip
 
 
-def measure(size: Size, pairs: int, tokens: int, steps: int = 2) -> dict[str, float]:
-    """Peak of this process's memory in real steps on the CPU, over what it had before the model was built."""
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    model = make_model(size)
-    batch = make_batch(size, pairs, 1, (tokens, tokens))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    for _ in range(steps):
-        loss_of(model, batch, "fp32").backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return {"bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before}
+def show(traced: Traced, options: argparse.Namespace, where: list[tuple[str, int]]) -> None:
+    """Prints the table and what does not depend on the number of devices."""
+    size, whole = SIZES[options.size], 12 * traced.parameters / GB
+    print(f"{options.size}: {json.dumps(asdict(size))}, {options.tokens} tokens, {options.precision}")
+    print(
+        f"{traced.parameters:,} parameters, {traced.rest:,} of them in no layer; {3 * traced.flops / 1e12:.2f} TFLOP "
+        f"and {traced.per_pair / 1e6:.0f} MB of activations a pair\n"
+    )
+    print(table([row(traced, options, parallel, devices) for parallel, devices in where], HEADER))
+    # Forward each rank's share of all features, backward an all-reduce of their gradients.
+    itc = 3 * 2 * ITC_WIDTH * 4 * options.global_batch
+    print(
+        f"\na checkpoint: {whole:.1f} GB, {whole / options.disk:.0f} s to write, in the background; {whole:.1f} GB of "
+        f"main memory on rank 0 for the copy\nITC over all devices: {itc / 1e6:.0f} MB more sent a step"
+    )
 
 
-def measured(name: str, pairs: int, tokens: int) -> float:
-    """`measure` in a process of its own, whose allocator gives back what is freed."""
-    call = f"from bt.bench.plan import *; print(json.dumps(measure(SIZES[{name!r}], {pairs}, {tokens})))"
-    around = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    done = subprocess.run([sys.executable, "-c", call], env=around, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])["bytes"]
+def check(options: argparse.Namespace, traced: Traced, parallel: str, devices: int) -> str:
+    """One line: a rank's peak memory and bytes sent in real steps here (bt.bench.plan_check), beside the plan's."""
+    work = {key: getattr(options, key) for key in ("size", "micro_batch", "accumulation", "tokens")}
+    work |= {"parallel": parallel, "checkpointing": options.gradient_checkpointing}
+    start = ["torch.distributed.run", "--standalone", f"--nproc-per-node={devices}", "-m"] if devices > 1 else []
+    with tempfile.TemporaryDirectory() as out:
+        command = [sys.executable, "-m", *start, "bt.bench.plan_check", json.dumps(work), out]
+        # The allocator gives back at once what is freed, so that the process's memory is what its tensors take.
+        done = subprocess.run(command, env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}, stdout=sys.stderr)
+        if done.returncode:
+            sys.exit(f"the steps failed: {' '.join(command)}")
+        ranks = [json.loads(path.read_text()) for path in Path(out).iterdir()]
+    planned = memory(traced, parallel, devices, options.micro_batch, options.accumulation)
+    measured = max(rank["bytes"] for rank in ranks)
+    line = (
+        f"{options.size}, {parallel} on {devices}, {options.accumulation} x {options.micro_batch} pairs, fp32: "
+        f"memory planned {planned / GB:.2f} GB, measured {measured / GB:.2f} GB ({planned / measured:.3f})"
+    )
+    if devices > 1:
+        sent, counted = network(traced, parallel, devices, options.accumulation), ranks[0]["sent"]
+        line += f"; sent planned {sent / GB:.3f} GB, counted {counted / GB:.3f} GB ({sent / counted:.3f})"
+    return line
 
 
-def main(arguments: list[str] | None = None) -> None:
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bt.bench plan", description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=list(SIZES), default="base")
     parser.add_argument("--devices", default="1,8,64,512", help="numbers, comma-separated")
@@ -247,38 +274,31 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--per-node", type=int, default=8, help="devices of a machine")
     parser.add_argument("--tflops", type=float, default=200.0, help="that a device reaches in this work, not its peak")
-    parser.add_argument("--network", type=float, default=25.0, help="GB/s that a device sends to others")
+    parser.add_argument("--inside", type=float, default=200.0, help="GB/s that a device sends to others of its machine")
+    parser.add_argument("--network", type=float, default=25.0, help="GB/s that a device sends to other machines")
     parser.add_argument("--image-bytes", type=int, default=60_000, help="of an encoded image")
     parser.add_argument("--disk", type=float, default=1.0, help="GB/s of the file system that checkpoints go to")
-    parser.add_argument("--check", action="store_true", help="compare the memory with that of real steps on this CPU")
+    parser.add_argument("--check", action="store_true", help="compare with real steps on this CPU, in fp32")
+    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches of such a step")
     options = parser.parse_args(arguments)
-    size = SIZES[options.size]
-    if options.check:
-        peak = measured(options.size, options.micro_batch, options.tokens)
-        expected = memory(trace(size, options.tokens, "fp32"), "ddp", 1, options.micro_batch, 1)
-        print(f"{options.size}, {options.micro_batch} pairs, fp32: planned {expected / GB:.2f} GB, measured", end=" ")
-        print(f"{peak / GB:.2f} GB, planned : measured {expected / peak:.3f}")
+    options.devices = [int(number) for number in options.devices.split(",")]
+    for number in options.devices if not options.check else []:
+        pairs = options.global_batch // number
+        if options.global_batch % number or pairs % min(options.micro_batch, pairs):
+            parser.error(f"--global-batch {options.global_batch}: no equal micro-batches on {number} devices")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    where = [(kind, number) for number in options.devices for kind in (("ddp", "fsdp") if number > 1 else ("ddp",))]
+    precision = "fp32" if options.check else options.precision
+    traced = trace(SIZES[options.size], options.tokens, precision, options.gradient_checkpointing)
+    if not options.check:
+        show(traced, options, where)
         return
-    traced = trace(size, options.tokens, options.precision, options.gradient_checkpointing)
-    print(f"{options.size}: {json.dumps(asdict(size))}, {options.tokens} tokens, {options.precision}")
-    print(f"{traced.parameters:,} parameters, {traced.rest:,} of them in no layer; ", end="")
-    print(f"{3 * traced.flops / 1e12:.2f} TFLOP and {traced.per_pair / 1e6:.0f} MB of activations a pair")
-    rows = []
-    for devices in map(int, options.devices.split(",")):
-        if options.global_batch % devices or options.global_batch // devices % min(
-            options.micro_batch, options.global_batch // devices
-        ):
-            parser.error(
-                f"--global-batch {options.global_batch} does not divide among {devices} devices in micro-batches"
-            )
-        rows += [plan(traced, options, p, devices) for p in (("ddp", "fsdp") if devices > 1 else ("ddp",))]
-    header = (*HEADER.split("|")[0].split(), *HEADER.split("|")[1:])
-    print("\n" + table(rows, header))
-    whole = 12.0 * traced.parameters
-    print(
-        f"\na checkpoint: {whole / GB:.1f} GB, {whole / GB / options.disk:.0f} s to write, in the background;", end=" "
-    )
-    print(f"{whole / GB:.1f} GB of main memory on rank 0 for the copy")
+    for kind, number in where:
+        print(check(options, traced, kind, number), flush=True)
 
 
 if __name__ == "__main__":
