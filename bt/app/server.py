@@ -142,7 +142,7 @@ def reply(models: Sequence[Predictor], data: bytes, text: str) -> dict[str, Any]
     try:
         model, task = chosen or (matching, "match")
         pixels = model.preprocess(image)
-        found: dict[str, Any] = {"source": model.source, "task": task, "groups": []}
+        found: dict[str, Any] = {"source": model.source, "task": task, "groups": [], "match": None}
         if task == "fill_mask":
             found["groups"] = [_listed(words) for words in model.fill_mask(pixels, text)]
         elif task != "match":
