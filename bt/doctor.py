@@ -25,9 +25,7 @@ EXTRAS = {
     "slurm": "hydra/launcher=slurm",
     "tracking": "MLflow on PostgreSQL, tracking.system_metrics=true",
     "app": "make app",
-    "export": "bt.checkpoint export --format onnx",
-    "notebooks": "the notebooks",
-    "docs": "building the documentation",
+    "onnx": "bt.checkpoint export --format onnx",
 }
 PROGRAMS = {
     "git": "the revision in report.json",

@@ -13,7 +13,7 @@ from bt.data.transforms import Transform, make_transform
 from bt.engine.precision import AUTOCAST, autocast
 from bt.errors import CheckpointError, ConfigError, DataError, UserError
 from bt.inference.inputs import Picture, Pictures, Strings, as_list, check_texts, read_pixels
-from bt.inference.load import Loaded
+from bt.interop.load import Loaded
 from bt.models.bridgetower import Encoded
 from bt.tasks.base import Objective
 
@@ -31,7 +31,7 @@ class Encoder:
         if batch < 1:
             raise ConfigError(f"batch={batch} is out of range: must be at least 1")
         if loaded.tokenizer is None:
-            raise CheckpointError(f"{loaded.source} has no tokenizer, and none was given")
+            raise CheckpointError(f"{loaded.source} has no tokenizer: give one (bt.load(..., tokenizer=), --tokenizer)")
         self.loaded, self.batch, self.source = loaded, batch, loaded.source
         self.device, self.precision = _device(device), _precision(dtype)
         self.model = loaded.model.to(self.device).eval().requires_grad_(False)

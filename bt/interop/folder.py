@@ -31,6 +31,7 @@ from bt.errors import CheckpointError
 from bt.tasks.base import TaskModel
 
 NODES = ("encoder", "bridge", "cross", "task", "data")
+DATA_OF_MODEL = ("max_text_len", "eval_transform", "resize", "decode_draft")  # how its inputs are prepared
 OPTION = "imported"
 
 
@@ -147,7 +148,9 @@ def new_folder(out: Path) -> Iterator[Path]:
 def run_config(nodes: Mapping[str, Any]) -> Config:
     """The nodes with every other option's default, as a configuration to build a model from."""
     given = {"data": {"dir": "-"}, "task": {"metric": "-"}}
-    node = OmegaConf.merge(OmegaConf.structured(Config), given, OmegaConf.create(dict(nodes)))
+    # Where a run's data was is no matter to its model, and may be a variable that is not set here.
+    nodes = {**nodes, "data": {key: value for key, value in nodes.get("data", {}).items() if key in DATA_OF_MODEL}}
+    node = OmegaConf.merge(OmegaConf.structured(Config), given, OmegaConf.create(nodes))
     return to_config(node)
 
 

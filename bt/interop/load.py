@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from bt.config import Config
 from bt.data.text import Tokenizer, make_tokenizer
 from bt.errors import ConfigError, DataError
@@ -38,9 +40,12 @@ def open_bundle(
     leave_out: Sequence[str] = (),
 ) -> Bundle:
     """The model that `path` names, its tensors not yet in a module; see `load_model`."""
-    if not is_folder(Path(path).expanduser()):
+    place = Path(path).expanduser()
+    if place.name == "model.safetensors" and is_folder(place.parent):
+        place = place.parent  # of a checkpoint, which says what it is
+    if not is_folder(place):
         return import_source(open_source(path), tokenizer=tokenizer, labels=labels, leave_out=leave_out)[0]
-    bundle = read_folder(Path(path).expanduser())
+    bundle = read_folder(place)
     if tokenizer is not None:
         bundle.tokenizer = find_tokenizer(tokenizer, None)
     bundle.labels = {**(labels or {}), **bundle.labels}
@@ -65,7 +70,8 @@ def load_model(
     bundle = open_bundle(path, tokenizer=tokenizer, labels=labels, leave_out=leave_out)
     if bundle.tokenizer is None:
         bundle.tokenizer = _named_tokenizer(bundle)
-    model = build(bundle)
+    with torch.random.fork_rng(devices=[]):  # new weights are drawn from the run's seed, and replaced at once
+        model = build(bundle)
     model.load_state_dict(bundle.state)
     nodes = {key: node for key, node in bundle.nodes.items() if node}
     return Loaded(run_config(nodes), model.eval(), bundle.tokenizer, bundle.labels, bundle.source)

@@ -61,7 +61,8 @@ def arguments_of(given: list[str] | None) -> argparse.Namespace:
 
 def add_model(parser: argparse.ArgumentParser, batch: int = 32) -> None:
     """The options that say which model, and where it runs."""
-    parser.add_argument("--run-dir", required=True, metavar="DIR", help="run or checkpoint directory")
+    parser.add_argument("--run-dir", required=True, metavar="PATH", help="run, checkpoint, or what else bt.load reads")
+    parser.add_argument("--tokenizer", metavar="PATH", help="tokenizer.json, folder or name, where PATH has none")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16", "fp16"), help="of forward passes")
     parser.add_argument("--batch", type=int, default=batch, help=f"inputs in a forward pass (default: {batch})")
@@ -119,7 +120,7 @@ def main(given: list[str] | None = None) -> None:
     import bt
 
     try:
-        model = bt.load(found.run_dir, found.device, found.dtype, found.batch)
+        model = bt.load(found.run_dir, found.device, found.dtype, found.batch, tokenizer=found.tokenizer)
         (one if found.image else many)(model, found)
     except UserError as error:
         sys.exit(f"error: {one_line(error)}")

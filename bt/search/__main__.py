@@ -54,7 +54,7 @@ def main(given: list[str] | None = None) -> None:
     import bt
 
     try:
-        model = bt.load(found.run_dir, found.device, found.dtype, found.batch)
+        model = bt.load(found.run_dir, found.device, found.dtype, found.batch, tokenizer=found.tokenizer)
         {"index": _index, "query": _query, "measure": _measure}[found.command](model, found)
     except UserError as error:
         sys.exit(f"error: {one_line(error)}")

@@ -78,7 +78,7 @@ def test_hits_are_in_the_order_of_the_heads(index, pretrained):
         assert row["recall"] == pytest.approx(sum(shares) / 2)
 
 
-def test_an_index_that_was_interrupted_goes_on(index, folder, pretrained, tmp_path, monkeypatch):
+def test_an_index_that_was_interrupted_goes_on(smoke_runs, index, folder, pretrained, tmp_path, monkeypatch):
     out = shutil.copytree(index, tmp_path / "index")
     parts = sorted(out.glob("part-*"))
     assert len(parts) == 3
@@ -94,7 +94,7 @@ def test_an_index_that_was_interrupted_goes_on(index, folder, pretrained, tmp_pa
     assert build(pretrained, folder, out) == about and parts[0].stat().st_mtime_ns == before
     with safe_open(parts[1], "pt") as file:
         assert all(torch.equal(file.get_tensor(name), tensor) for name, tensor in kept.items())
-    other = bt.load(pretrained.loaded.source.partition(", step")[0])
+    other = bt.load(smoke_runs / "runs/pretrain_base")
     next(other.model.parameters()).data.add_(1)
     with pytest.raises(DataError, match="of other pictures or of another model"):
         build(other, folder, out)
