@@ -101,8 +101,8 @@ def test_an_installed_wheel_trains_from_any_folder(installed, tmp_path):
         path.relative_to(site / "bt/conf") for path in (site / "bt/conf").rglob("*.yaml")
     }
     # Hydra's plug-ins are found where they are installed.
-    planned = run("bt-launch", "plan", "experiment=easy_vqa", "seed=0,1", "hydra/launcher=local", "trainer=smoke")
-    assert planned.returncode == 0, planned.stderr
+    shown = run("bt-train", "hydra/launcher=local", "--cfg", "hydra", "--package", "hydra.launcher")
+    assert "_target_: hydra_plugins.bt_launchers.LocalLauncher" in shown.stdout, shown.stderr
     asked = run("bt-predict", "--run-dir", "run", "--image", "none.png", "--text", "is it red?")
     assert asked.returncode == 1 and asked.stderr == "error: none.png cannot be read: No such file or directory\n"
 
