@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from open_clip.transformer import QuickGELU
 from torch import Tensor
 
 from bt.errors import CheckpointError
@@ -20,6 +19,7 @@ from bt.interop.imports import Row, check, grouped, part_of
 from bt.models.cross_modal import CoAttention
 from bt.models.encoders.hf_text import HFText
 from bt.models.encoders.open_clip_vit import OpenClipVision
+from bt.models.quick_gelu import QuickGELU
 from bt.tasks.base import TaskModel
 
 # Of heads that a format has no place for, why.

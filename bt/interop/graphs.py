@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from open_clip.transformer import QuickGELU as PlainQuickGELU
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
@@ -26,6 +27,8 @@ from bt.errors import CheckpointError
 from bt.interop.folder import Bundle, build, new_folder
 from bt.interop.imports import Row
 from bt.models.bridgetower import BridgeTower, Encoded, Need
+from bt.models.cross_modal import Attention
+from bt.models.quick_gelu import QuickGELU
 
 # Largest difference of an output, over the output's own largest value, that passes for rounding.
 TOLERANCE = 1e-4
@@ -141,10 +144,11 @@ def export_graphs(bundle: Bundle, out: Path, kind: str) -> list[Row]:
         _need_onnx()
     model = build(bundle)
     model.load_state_dict(bundle.state)
-    tower = model.float().eval()
+    model = model.float().eval()
+    traceable(model.tower)
     rows = []
     with new_folder(out) as folder, torch.no_grad():
-        for call in calls(tower.tower):
+        for call in calls(model.tower):
             program = trace(call)
             if kind == "onnx":
                 path = _write_onnx(call, program, folder)
@@ -155,10 +159,21 @@ def export_graphs(bundle: Bundle, out: Path, kind: str) -> list[Row]:
                 run = torch.export.load(path).module()
             worst = max(_compare(call, inputs, run(**inputs)) for inputs in call.others)
             rows.append(Row("written", path.name, 0, 0, f"largest difference from the model {worst:.1e} (relative)"))
-        (folder / "tower.json").write_text(json.dumps(describe(bundle, tower.tower), indent=1) + "\n")
+        (folder / "tower.json").write_text(json.dumps(describe(bundle, model.tower), indent=1) + "\n")
         if bundle.tokenizer is not None:
             bundle.tokenizer.save(folder / "tokenizer.json")
     return rows
+
+
+def traceable(tower: BridgeTower) -> None:
+    """Takes out what is fast in eager mode alone: orders of products that are chosen by the sizes of a batch, of which a
+    graph would hold one, and an activation with a gradient of its own."""
+    for module in [*tower.modules()]:
+        if isinstance(module, Attention):
+            module.folding = False
+        for name, part in module.named_children():
+            if isinstance(part, QuickGELU):
+                setattr(module, name, PlainQuickGELU())
 
 
 def trace(call: Call) -> ExportedProgram:
