@@ -9,7 +9,7 @@ ARGS ?=
 RUN_DIR ?= runs/demo/vqa runs/demo/pretrain
 
 .DEFAULT_GOAL := help
-.PHONY: help ablation notebooks venv demo test smoke bench lint format baselines clean tasks-report soak slurm-local slurm-demo mlflow-server app doctor
+.PHONY: help ablation notebooks venv demo test smoke bench docs lint format baselines clean tasks-report soak slurm-local slurm-demo mlflow-server app doctor
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -19,7 +19,7 @@ venv: $(VENV)/.installed  ## Make .venv with everything that the other targets n
 $(VENV)/.installed: pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; install Python 3.11 or newer, or give PYTHON=python3.x" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -e '.[dev,slurm,tracking,app,onnx,notebooks]'
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -e '.[dev,slurm,tracking,app,onnx,notebooks,docs]'
 	@touch $@
 
 demo: $(VENV)/.installed  ## Pre-train and fine-tune a small BridgeTower on easy-VQA, report against baselines (under 10 minutes on 2 cores)
@@ -58,6 +58,9 @@ ablation: $(VENV)/.installed  ## Compare bridges and cross-modal layers on easy-
 
 notebooks: $(VENV)/.installed  ## Run notebooks/ on the runs in mlflow.db (of make ablation) and render them to docs/notebooks
 	$(RUN) -m bt.report.notebooks $(ARGS)
+
+docs: $(VENV)/.installed  ## Build the site of README, docs/ and docstrings in site/
+	$(RUN) -m mkdocs build --strict --quiet
 
 lint: $(VENV)/.installed  ## Check style and formatting
 	$(VENV)/bin/ruff check .
