@@ -60,7 +60,7 @@ notebooks: $(VENV)/.installed  ## Run notebooks/ on the runs in mlflow.db (of ma
 	$(RUN) -m bt.report.notebooks $(ARGS)
 
 docs: $(VENV)/.installed  ## Build the site of README, docs/ and docstrings in site/
-	$(RUN) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
 
 lint: $(VENV)/.installed  ## Check style and formatting
 	$(VENV)/bin/ruff check .

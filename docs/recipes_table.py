@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -14,19 +15,19 @@ from bt.smoke import all_experiments  # noqa: E402
 
 PAGE = ROOT / "docs/recipes.md"
 MARKS = re.compile(r"(?<=<!-- table -->\n).*?(?=<!-- end -->)", re.DOTALL)
-_HEAD = [
-    ("experiment", "from", "model", "objectives", "px", "train → eval", "tokens"),
-    ("pairs (at once)", "lr base / cross / head", "decay", "warm-up", "length"),
-]
-_ENCODERS = {"OpenClipVision": "CLIP", "HFText": ""}
+HEAD = "experiment from model objectives px train→eval tokens pairs lr_base/cross/head decay warm-up length".split()
 
 
-def table() -> str:
-    """Markdown; experiments that differ in nothing but their data share a row."""
+def composed(name: str) -> Config:
+    return compose_run(f"experiment={name}")
+
+
+def table(recipe: Callable[[str], Config] = composed) -> str:
+    """Markdown; experiments that differ in nothing but their data share a row. recipe: configuration by name."""
     rows: dict[tuple[str, ...], list[str]] = {}
     for name in all_experiments():
-        rows.setdefault(row(name, compose_run(f"experiment={name}")), []).append(name)
-    head = [cell for part in _HEAD for cell in part]
+        rows.setdefault(row(name, recipe(name)), []).append(name)
+    head = [name.replace("_", " ") for name in HEAD]
     lines = [head, ["---"] * len(head)]
     lines += [[", ".join(f"`{name}`" for name in names), *cells] for cells, names in rows.items()]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
@@ -40,7 +41,7 @@ def row(name: str, cfg: Config) -> tuple[str, ...]:
     return (
         source(name),
         model(cfg),
-        " + ".join(f"{key}" for key in cfg.task.objectives),
+        " + ".join(cfg.task.objectives),
         str(cfg.encoder.vision["image_size"]) if images else "",
         transforms if images else "",
         str(cfg.data.max_text_len) if cfg.task.texts else "",

@@ -8,15 +8,19 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import hydra
 import pytest
+import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from PIL import Image, ImageChops, ImageStat
 
 import bt.convert  # noqa: F401  # puts its schema into Hydra's store
 from bt.config import compose_run
 from bt.config.entry import CONF_DIR
+from tests.test_recipes import recipe
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(
@@ -65,22 +69,36 @@ def test_broken_links_are_found(tmp_path):
     assert broken(page) == ["gone.md", "other.md#three"]
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_files_and_tests_that_are_named_exist(page):
+    code = " ".join(re.findall(r"`([^`\n]+)`", FENCE.sub("", page.read_text())))
+    files = re.findall(r"\b(?:bt|conf|docs|launchers|tests)/[\w./-]+\.\w+", code)
+    assert [file for file in files if not (ROOT / file).exists() and "NAME" not in file] == []
+    tests = re.findall(r"(?:^|[\s:/])(test_\w+)(?![\w.])", code)
+    known = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name in tests if not re.search(rf"\b{name}\(", known)] == []
+    for folder, name in re.findall(r"((?:tests/)?(?:\w+/)*test_\w+\.py)(?:::(test_\w+))?", code):
+        path = ROOT / "tests" / folder.removeprefix("tests/")
+        assert path.exists() and name in path.read_text(), f"{folder}::{name}"
+
+
 def commands(page: Path) -> list[list[str]]:
-    """The words of every command in a page's blocks: from `python -m`, `torchrun` or `make` on, without comments."""
+    """The words of every command in a page's blocks and inline code, from `python -m`, `torchrun` or `make` on."""
+    text = page.read_text()
+    lines = []
+    for match in FENCE.finditer(text):
+        if match["language"] in ("", "sh", "bash", "console"):
+            lines += match["block"].replace("\\\n", " ").splitlines()
+    rest = FENCE.sub("", text)
+    lines += [code for code in re.findall(r"`([^`\n]+)`", rest) if re.match(r"python -m \w+\S* \w|make [a-z]", code)]
+    # A row of a table whose heading is a command: the options that it goes on with.
+    for program, rows in re.findall(r"^\|[^\n]*`(python -m bt\.\w+) \.\.\.[^\n]*\n((?:\|[^\n]*\n)+)", rest, re.M):
+        lines += [f"{program} {options}" for options in re.findall(r"`((?:experiment|sweep|source)=[^`]+)`", rows)]
     found = []
-    for match in FENCE.finditer(page.read_text()):
-        if match["language"] not in ("", "sh", "bash", "console"):
-            continue
-        for line in match["block"].replace("\\\n", " ").splitlines():
-            if start := re.match(r"\s*(?:\$ )?(?:\w+=\S+ )*(?:\S*/)?(python3?|torchrun|make)\s", line):
-                words = shlex.split(line[start.start(1) :], comments=True)
-                found.append(words[: next((i for i, word in enumerate(words) if word in ("&", "&&", "|", ";")), None)])
-    # A row of the README's tables: options of the command that stands in its heading.
-    for program, table in re.findall(
-        r"^\|[^\n]*`python -m (bt\.\w+) \.\.\.[^\n]*\n((?:\|[^\n]*\n)+)", page.read_text(), re.M
-    ):
-        for options in re.findall(r"`((?:experiment|sweep|source)=[^`]+)`", table):
-            found.append(["python", "-m", program, *options.split()])
+    for line in lines:
+        if start := re.match(r"\s*(?:\$ )?(?:\w+=\S+ )*(?:\S*/)?(python3?|torchrun|make)\s", line):
+            words = shlex.split(line[start.start(1) :], comments=True)
+            found.append(words[: next((i for i, word in enumerate(words) if word in ("&", "&&", "|", ";")), None)])
     return found
 
 
@@ -105,7 +123,7 @@ def check_options(module: str, rest: list[str]) -> None:
     """That the options compose, each value of a multirun; without the data, weights and files of one's own."""
     if "--config-dir" in rest or "..." in rest:
         return
-    options = [word for word in rest if "=" in word and not word.startswith("-") and not word.startswith("plugins=")]
+    options = [word for word in rest if "=" in word and not word.startswith(("-", "plugins=", "hydra"))]
     if module == "bt.evaluate":
         options = [word for word in options if not word.startswith(("split=", "run_dir="))]
     choices = []
@@ -135,9 +153,9 @@ def check_command(words: list[str]) -> None:
     if module.split(".")[0] not in ("bt", "launchers"):
         return
     assert importlib.util.find_spec(module), f"no module {module}"
-    if module in ("bt.train", "bt.evaluate", "bt.convert"):
+    if module in ("bt.train", "bt.evaluate", "bt.convert", "launchers"):
         check_options(module, rest)
-    elif module != "bt.smoke":
+    if module not in ("bt.train", "bt.evaluate", "bt.convert", "bt.smoke"):
         code = sources_of(module)
         if rest and re.fullmatch(r"[a-z_]+", rest[0]):
             assert re.search(rf"\b{rest[0]}\b", code), f"{module} has no {rest[0]}"
@@ -180,7 +198,26 @@ def load(path: str):
 
 def test_the_table_of_recipes_is_that_of_the_configuration():
     made = load("docs/recipes_table.py")
-    assert made.MARKS.search((ROOT / "docs/recipes.md").read_text())[0] == made.table()
+    assert made.MARKS.search((ROOT / "docs/recipes.md").read_text())[0] == made.table(recipe)
+
+
+def test_the_picture_is_what_its_script_draws(tmp_path):
+    committed = ROOT / "docs/architecture.png"
+    load("docs/architecture.py").draw(tmp_path / "drawn.png")
+    with Image.open(committed) as old, Image.open(tmp_path / "drawn.png") as new:
+        near = [abs(a - b) <= 0.05 * a for a, b in zip(old.size, new.size, strict=True)]  # fonts differ a little
+        difference = ImageChops.difference(old.convert("L"), new.convert("L").resize(old.size))
+    assert all(near) and ImageStat.Stat(difference).mean[0] < 5 and committed.stat().st_size < 100_000
+
+
+def test_the_version_is_the_same_everywhere():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert (
+        citation["version"] == version
+        and citation["preferred-citation"]["identifiers"][0]["value"] == "arXiv:2206.08657"
+    )
+    assert re.findall(r"^## (\S+)$", (ROOT / "CHANGELOG.md").read_text(), re.M)[0] == version
 
 
 def test_the_site_is_built_without_a_warning(tmp_path):
