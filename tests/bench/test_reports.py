@@ -46,7 +46,7 @@ def test_parts_add_up(tmp_path, capsys):
     rows = {row["part"]: row for row in found["parts"]}
     assert list(rows) == ["vision", "text", "cross", "heads", "optimizer"]
     assert rows["optimizer"]["gflop"] == 0 and rows["optimizer"]["bound"] == "memory"
-    assert rows["vision"]["gflop"] > rows["text"]["gflop"] > rows["heads"]["gflop"] > 0
+    assert min(rows[part]["gflop"] for part in ("vision", "text", "cross")) > rows["heads"]["gflop"] > 0
     assert all(row["gb"] > 0 and 0 < row["roofline_share"] < 1.5 for row in rows.values())
     assert found["loading_seconds_per_image"] > 0 and "of its roofline" in capsys.readouterr().out
 
