@@ -166,7 +166,7 @@ def export_graphs(bundle: Bundle, out: Path, kind: str) -> list[Row]:
 
 
 def traceable(tower: BridgeTower) -> None:
-    """Takes out what is fast in eager mode alone: orders of products that are chosen by the sizes of a batch, of which a
+    """Takes out what is fast in eager mode alone: orders of products that the sizes of a batch choose, of which a
     graph would hold one, and an activation with a gradient of its own."""
     for module in [*tower.modules()]:
         if isinstance(module, Attention):
