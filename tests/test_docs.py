@@ -17,9 +17,9 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from PIL import Image, ImageChops, ImageStat
 
-import bt.convert  # noqa: F401  # puts its schema into Hydra's store
 from bt.config import compose_run
-from bt.config.entry import CONF_DIR
+from bt.config.entry import CONF_DIR, register
+from bt.convert import ConvertConfig
 from tests.test_recipes import recipe
 
 ROOT = Path(__file__).parents[1]
@@ -113,6 +113,7 @@ def module_of(words: list[str]) -> tuple[str, list[str]] | None:
 @functools.cache
 def compose(module: str, overrides: tuple[str, ...]) -> None:
     if module == "bt.convert":
+        register("convert", ConvertConfig)
         with hydra.initialize_config_dir(CONF_DIR, version_base="1.3"):
             hydra.compose("convert", list(overrides))
     else:
@@ -142,10 +143,17 @@ def sources_of(module: str) -> str:
     return "\n".join(file.read_text() for file in files)
 
 
+@functools.cache
+def every_source() -> str:
+    """Options can be defined in a module that several programs share."""
+    return "\n".join(path.read_text() for folder in ("bt", "launchers") for path in (ROOT / folder).rglob("*.py"))
+
+
 def check_command(words: list[str]) -> None:
     if words[0] == "make":
         known = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
-        assert {word for word in words[1:] if "=" not in word and not word.startswith("-")} <= known
+        targets = {word for word in words[1:] if "=" not in word and not word.startswith("-")}
+        assert targets <= known, f"no target {targets - known}"
         return
     if (ran := module_of(words)) is None:
         return
@@ -160,7 +168,7 @@ def check_command(words: list[str]) -> None:
         if rest and re.fullmatch(r"[a-z_]+", rest[0]):
             assert re.search(rf"\b{rest[0]}\b", code), f"{module} has no {rest[0]}"
         for option in (word.partition("=")[0] for word in rest if re.match(r"--\w", word)):
-            assert f'"{option}"' in code, f"{module} has no {option}"
+            assert f'"{option}"' in every_source(), f"no program has {option}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
