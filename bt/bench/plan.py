@@ -42,7 +42,7 @@ GB = 1e9
 
 @dataclass(frozen=True)
 class Size:
-    """base, large: the paper's. small: for checking the memory model where main memory is little."""
+    """base, large: the paper's. small, medium: for checking the memory model where main memory is little."""
 
     width: int
     depth: int
@@ -52,7 +52,12 @@ class Size:
     vocabulary: int = VOCABULARY
 
 
-SIZES = {"small": Size(384, 12, 16, 224), "base": Size(768, 12, 16, 288), "large": Size(1024, 24, 14, 294)}
+SIZES = {
+    "small": Size(384, 12, 16, 224),
+    "medium": Size(512, 12, 16, 256),
+    "base": Size(768, 12, 16, 288),
+    "large": Size(1024, 24, 14, 294),
+}
 
 
 @dataclass
