@@ -93,7 +93,6 @@ class Training:
         if len(set(steps)) > 1:
             raise CheckpointError(f"{self.run_dir}: ranks see different checkpoints there, of the steps {steps}")
         self.saver = Saver(self.run_dir, self.world, keep=cfg.checkpoint.keep, background=cfg.checkpoint.background)
-        watch.before_exit(lambda reason: heartbeat.write_end(self.run_dir, "failed", reason))
         # What is on its way to the disk was good when it was taken; but the disk may be what hangs.
         watch.before_exit(lambda reason: self.saver.wait(60))
         self.batches = self.data.train(self.train_set, self.plan, state.get("step", 0), self.total_steps)
