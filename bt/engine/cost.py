@@ -112,7 +112,11 @@ def tower_flops(model: TaskModel, tokens: int) -> dict[str, int]:
         return sum(counts.get(f"_Pass.tower.{name}", 0) for name in modules)
 
     vision, text = of("vision"), of("text")
-    cross = of("cross", "text_projection", "image_projection", "text_pooler", "image_pooler")
+    # By its outermost modules: the first layer's self-attention is called from outside the cross-modal encoder.
+    below = [name for name in counts if name.startswith("_Pass.tower.cross.")]
+    layers = [name for name in below if not any(name.startswith(f"{other}.") for other in below)]
+    cross = sum(counts[name] for name in layers)
+    cross += of("text_projection", "image_projection", "text_pooler", "image_pooler")
     # What is left: bridges are called before the projection too (Bridge.merge), which no module's call encloses.
     return {
         "vision": vision,

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).parents[2]
 PLUGINS = Path(__file__).parent
 TINY = ["experiment=easy_vqa", "trainer=smoke", "trainer.threads=1"]
-PATIENCE = 300.0  # seconds: far more than anything takes on a busy machine
+PATIENCE = 600  # seconds; slurmctld itself may take four minutes to let go of what ran on a dead node
 
 
 def steps(count: int, every: int = 20) -> list[str]:
