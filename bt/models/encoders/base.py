@@ -65,7 +65,7 @@ def normalize_pixels(images: Tensor, offset: Tensor, scale: Tensor) -> Tensor:
 
 # Libraries call the list of a transformer's blocks by one of these names.
 _BLOCK = re.compile(r"\b(?:layers?|blocks|resblocks)\.(\d+)\.")
-_FINAL = re.compile(r"\w+\.(?:norm|ln_post|final_norm|final_layer_norm|head\.norm)\.\w+")
+_FINAL = re.compile(r"(?:\w+\.)?(?:norm|ln_post|final_norm|final_layer_norm|head\.norm)\.\w+")
 
 
 class Encoder(nn.Module):
