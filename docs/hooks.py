@@ -33,7 +33,8 @@ def packages() -> dict[str, list[str]]:
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    pages = {path.stem for path in Path(config.docs_dir).glob("*.md")}
+    folder = Path(config.docs_dir)
+    pages = {path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.md")}
     ordered = [name for name in ORDER if name in pages] + sorted(pages - set(ORDER))
     config.nav = [
         {"Home": "index.md"},

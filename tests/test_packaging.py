@@ -114,7 +114,7 @@ def test_every_console_script_has_its_function():
         assert callable(getattr(importlib.import_module(module), function)), name
     programs = {path.stem for path in (ROOT / "bt").glob("*.py") if "\ndef main(" in path.read_text()}
     programs |= {path.parent.name for path in (ROOT / "bt").glob("*/__main__.py")}
-    # The demo belongs to the clone.
+    # The demo and the ablation belong to the clone.
     assert {target.split(":")[0].removeprefix("bt.").removesuffix(".__main__") for target in scripts.values()} == (
-        programs - {"demo"}
+        programs - {"demo", "ablation"}
     ) | {"launchers"}
