@@ -59,7 +59,9 @@ def test_a_mistake_is_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = ["nope", "cifar10"]
     unknown, wrong = smoke.smoke(names, ["optimizer.lr=-1"])
-    assert unknown.error.startswith("experiment=nope does not exist; experiment is one of: cifar10, ")
+    assert unknown.error.startswith(
+        "experiment=nope does not exist; experiment is one of: ablation, ablation_encoders, cifar10, "
+    )
     assert wrong.error == "optimizer.lr=-1.0 is out of range: must be more than 0"
     with pytest.raises(ConfigError, match="data.dir=null must be a directory"):
         compose_run("data=shards", "trainer=smoke")

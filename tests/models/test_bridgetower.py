@@ -81,6 +81,8 @@ def test_paper_presets_have_the_papers_sizes(size, layers, depth, width):
 @pytest.mark.parametrize("path", sorted(CONF.glob("encoder/*/*.yaml")) + sorted(CONF.glob("[bc]r*/*.yaml")), ids=str)
 def test_every_option_of_a_class_is_shown(path):
     shown = OmegaConf.load(path)
+    for parent in shown.pop("defaults", []):
+        shown = OmegaConf.merge(OmegaConf.load(path.with_name(f"{parent}.yaml")), shown)
     given = (
         {"vocab_size", "pad_id"}
         if path.parent.name == "text"

@@ -7,6 +7,7 @@ from safetensors.torch import save_file
 from torchvision.transforms import Normalize
 from transformers import RobertaConfig, RobertaModel
 
+from bt.checkpoint import main as checkpoint_command
 from bt.errors import ConfigError
 from bt.models.encoders.base import CLIP_MEAN, CLIP_STD, adapt_channels, resize_positions
 from bt.models.encoders.hf_text import HFText
@@ -213,10 +214,11 @@ def test_a_torchscript_archive_is_not_opened_but_can_be_converted(tmp_path, monk
         OpenClipVision(pretrained=str(tmp_path / "clip.pt"), image_size=24, architecture=VISION)
     message = str(caught.value)
     assert "\n" not in message
-    # The line that the message gives does the conversion.
-    monkeypatch.chdir(tmp_path)
-    exec(message[message.index("save_file(") :], {"torch": torch, "save_file": save_file})
-    vision = OpenClipVision(pretrained="clip.safetensors", image_size=24, architecture=VISION)
+    # The command that the message gives does the conversion.
+    _, module, *arguments = message.split("`")[1].replace("DIR", str(tmp_path / "out")).removeprefix("python ").split()
+    assert module == "bt.checkpoint"
+    checkpoint_command(arguments)
+    vision = OpenClipVision(pretrained=str(tmp_path / "out/vision.safetensors"), image_size=24, architecture=VISION)
     assert all(torch.equal(tensor, source.state_dict()[key]) for key, tensor in vision.state_dict().items())
 
 
