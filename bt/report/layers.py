@@ -152,11 +152,11 @@ def manager_weights(opened: Opened) -> dict[str, Tensor]:
     ConfigError for a model whose bridges are no managers.
     """
     tower, found = opened.tower, {}
-    images, texts = opened.encode()
     for name in MODALITIES:
         bridge = getattr(tower, f"{name}_bridge")
         if not isinstance(bridge, ManagerBridge):
             continue
+        images, texts = opened.encode()  # anew: a second pass over them would not call the first layer's bridge
         with _recorded(bridge) as calls:
             tower.fuse(images, texts, opened.batch.pairs, Need(cls=True))
         rows = []

@@ -19,6 +19,7 @@ from urllib.parse import quote
 import pytest
 import uvicorn
 from PIL import Image
+from selenium.common.exceptions import StaleElementReferenceException
 
 from bt.app import server
 from bt.app.__main__ import LOOPBACK, main
@@ -214,10 +215,15 @@ class Page:
 
     def wait(self, holds, seconds: float = 60):
         end = time.monotonic() + seconds
-        while not (found := holds()):
+        while not (found := self.now(holds)):
             assert time.monotonic() < end, self.browser.find_element("tag name", "body").text
             time.sleep(0.05)
         return found
+
+    def now(self, holds):
+        """None where the page changes under the look at it."""
+        with contextlib.suppress(StaleElementReferenceException):
+            return holds()
 
     def ask(self, file: Path | None, text: str) -> None:
         if file is not None:
