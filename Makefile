@@ -70,7 +70,7 @@ format: $(VENV)/.installed  ## Format the code
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-tasks-report: $(VENV)/.installed  ## Train every task with small encoders on icons and compare with baselines (about 40 minutes)
+tasks-report: $(VENV)/.installed  ## Train every task with small encoders on icons and compare with baselines (about 2 hours on one busy core)
 	$(RUN) -m bt.bench.tasks_report $(ARGS)
 
 baselines: $(VENV)/.installed  ## Measure the demo's baselines again (majority, question only, the data set author's CNN; about 15 minutes)
