@@ -25,7 +25,7 @@ $(VENV)/.installed: pyproject.toml
 demo: $(VENV)/.installed  ## Pre-train and fine-tune a small BridgeTower on easy-VQA, report against baselines (under 10 minutes on 2 cores)
 	$(RUN) -m bt.demo $(ARGS)
 
-test: $(VENV)/.installed  ## Run the tests (about 13 minutes on 2 cores)
+test: $(VENV)/.installed  ## Run the tests (about 28 minutes on 2 cores)
 	$(RUN) -m pytest
 
 smoke: $(VENV)/.installed  ## Run every experiment end to end, with tiny encoders on a few samples (about 2 minutes on 2 cores)
