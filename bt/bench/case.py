@@ -6,13 +6,14 @@ import contextlib
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from bt.engine.cost import counting_flops
 
 REPETITIONS = 3
 
@@ -62,14 +63,8 @@ class Case:
     def _count(self, side: Callable[[], Tensor]) -> tuple[Tensor, int]:
         if not self.flops:
             return side(), 0
-        # torch's fused encoder attention is one operation, which the counter does not know.
-        fused = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)
-        try:
-            with FlopCounterMode(display=False) as counter:
-                return side(), counter.get_total_flops()
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fused)
+        with counting_flops() as counter:
+            return side(), counter.get_total_flops()
 
     def measure(self, name: str, peak: float | None = None) -> dict[str, Any]:
         """What goes to the JSON. peak: floating-point operations a second of a large matrix product."""
@@ -114,6 +109,23 @@ def prepared(side: Callable[[], Any]) -> Iterator[None]:
     finally:
         getattr(side, "release", lambda: None)()
         gc.collect()
+
+
+@contextlib.contextmanager
+def kept_by_autograd(weights: Iterable[nn.Parameter]) -> Iterator[dict[int, int]]:
+    """What a forward pass within it keeps for its backward pass beside these weights: bytes of each storage, by its
+    address."""
+    known = {parameter.untyped_storage().data_ptr() for parameter in weights}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield kept
 
 
 def seconds(work: Callable[[], Any]) -> float:

@@ -57,14 +57,14 @@ TINY = {"depth": 3, "cross_layers": 2, "vocabulary": 200, "image": 64, "finetune
 SIZES = {"base": Size(), "tiny": Size(width=64, heads=2, **TINY)}
 
 
-def text_config(size: Size) -> dict[str, Any]:
+def text_config(size: Size, dropout: float = 0.0) -> dict[str, Any]:
     return {
         "vocab_size": size.vocabulary,
         "hidden_size": size.width,
         "num_hidden_layers": size.depth,
         "num_attention_heads": size.heads,
         "intermediate_size": 4 * size.width,
-        "hidden_dropout_prob": 0.0,
+        "hidden_dropout_prob": dropout,
         "attention_probs_dropout_prob": 0.0,
         "max_position_embeddings": 514,
         "type_vocab_size": 1,
@@ -113,8 +113,8 @@ def pretraining_objectives(context: Context) -> dict[str, Objective]:
     return {"mlm": MLM(context, norm_eps=NORM_EPS), "itm": ITM(context)}
 
 
-def make_model(size: Size, objectives: Callable[[Context], Mapping[str, Objective]]) -> TaskModel:
-    """`bt`, with random weights."""
+def make_model(size: Size, objectives: Callable[[Context], Mapping[str, Objective]], dropout: float = 0.0) -> TaskModel:
+    """`bt`, with random weights. dropout: of hidden states in the text encoder, of all in the cross-modal layers."""
     architecture = {"width": size.width, "layers": size.depth, "patch_size": size.patch, "quick_gelu": True}
     encoders = "bt.models.encoders"
     vision = {
@@ -122,13 +122,13 @@ def make_model(size: Size, objectives: Callable[[Context], Mapping[str, Objectiv
         "image_size": size.image,
         "architecture": architecture,
     }
-    cross = {"width": size.width, "heads": size.heads, "layers": size.cross_layers, "dropout": 0.0}
+    cross = {"width": size.width, "heads": size.heads, "layers": size.cross_layers, "dropout": dropout}
     tower = build_tower(
         {
             "vision": vision,
             "text": {
                 "_target_": f"{encoders}.hf_text.HFText",
-                "config": {"model_type": "roberta", **text_config(size)},
+                "config": {"model_type": "roberta", **text_config(size, dropout)},
             },
         },
         {"_target_": "bt.models.bridges.add.AddBridge", "norm_eps": NORM_EPS},
@@ -158,10 +158,10 @@ def make_vqa(size: Size, peer: PeerVQA, objectives: Callable[[Context], Mapping[
 
 
 def make_batch(
-    size: Any, images: int, texts_per_image: int, tokens: tuple[int, int] = (12, 18), false_images: bool = False
+    size: Size, images: int, texts_per_image: int, tokens: tuple[int, int] = (12, 18), false_images: bool = False
 ) -> Batch:
     """Random images and captions of 12 to 18 tokens, or as `tokens` says; a seventh of the tokens masked, half of the
-    pairs mismatched. size: has `image` and `vocabulary`. false_images: mismatched pairs have an image of their own, as
+    pairs mismatched. false_images: mismatched pairs have an image of their own, as
     the released recipe draws it, not another one of the batch.
     """
     draw = torch.Generator().manual_seed(0)

@@ -19,10 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from bt.bench.case import seconds
+from bt.bench.case import kept_by_autograd, seconds
 from bt.bench.data_cases import IMAGES, ImageFolderCSV, convert, from_shards, make_photos
 from bt.bench.models import SIZES, Size, make_batch, make_model, pretraining_objectives
 from bt.bench.results import conditions
@@ -94,22 +93,6 @@ def parts_of(size: Size, images: int, texts_per_image: int) -> dict[str, tuple[C
     }
 
 
-def kept_bytes(work: Callable[[], Any], weights: list[nn.Module]) -> int:
-    """Of tensors that autograd keeps for the backward pass, weights left out."""
-    known = {p.untyped_storage().data_ptr() for module in weights for p in module.parameters()}
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with saved_tensors_hooks(keep, lambda tensor: tensor):
-        work()
-    return sum(kept.values())
-
-
 def loading(size: Size) -> float:
     """Seconds to read, decode and normalise an image in one loader process."""
     with TemporaryDirectory(prefix="bt-bench-") as folder:
@@ -129,10 +112,11 @@ def measure(size: Size, images: int, texts_per_image: int) -> dict[str, Any]:
     peak, bandwidth = gemm_peak(), copy_speed()
     rows = []
     for name, (work, modules) in parts_of(size, images, texts_per_image).items():
-        weights = 4 * sum(p.numel() for module in modules for p in module.parameters())
-        with FlopCounterMode(display=False) as counter:
-            kept = kept_bytes(work, modules)
-        moved = 7 * weights if name == "optimizer" else 3 * weights + 2 * kept
+        parameters = [parameter for module in modules for parameter in module.parameters()]
+        weights = 4 * sum(parameter.numel() for parameter in parameters)
+        with FlopCounterMode(display=False) as counter, kept_by_autograd(parameters) as kept:
+            work()
+        moved = 7 * weights if name == "optimizer" else 3 * weights + 2 * sum(kept.values())
         took = min(seconds(work) for _ in range(REPEATS))
         flops = counter.get_total_flops()
         bound = max(flops / peak, moved / bandwidth)

@@ -16,48 +16,34 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from torch import nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from bt.bench.cases import make_batch
+from bt.bench import models
+from bt.bench.case import kept_by_autograd
+from bt.bench.models import Size, make_batch
 from bt.engine.parallel import layers
 from bt.engine.precision import AUTOCAST, autocast
 from bt.engine.progress import table
-from bt.models.bridgetower import build_tower
-from bt.tasks.base import Context, TaskModel
-from bt.tasks.itm import ITM
-from bt.tasks.mlm import MLM
+from bt.tasks.base import TaskModel
 
-VOCABULARY = 50265
 ITC_WIDTH = 256
 CPU = torch.device("cpu")
 GB = 1e9
 
 
-@dataclass(frozen=True)
-class Size:
-    """base, large: the paper's. small, medium: for checking the memory model where main memory is little."""
-
-    width: int
-    depth: int
-    patch: int
-    image: int
-    cross_layers: int = 6
-    vocabulary: int = VOCABULARY
-
-
+# base, large: the paper's. small, medium: for checking the memory model where main memory is little.
 SIZES = {
-    "small": Size(384, 12, 16, 224),
-    "medium": Size(512, 12, 16, 256),
-    "base": Size(768, 12, 16, 288),
-    "large": Size(1024, 24, 14, 294),
+    "small": Size(width=384, heads=6, image=224),
+    "medium": Size(width=512, heads=8, image=256),
+    "base": Size(),
+    "large": Size(width=1024, depth=24, heads=16, patch=14, image=294),
 }
+SHOWN = ("width", "depth", "patch", "image", "cross_layers", "vocabulary")  # what the plan depends on
 
 
 @dataclass
@@ -85,39 +71,11 @@ class Traced:
 
 def make_model(size: Size) -> TaskModel:
     """With dropout of hidden states, but not of attention: CPUs keep the attention matrix for that, GPUs do not."""
-    heads = size.width // 64
-    text = {
-        "model_type": "roberta",
-        "vocab_size": size.vocabulary,
-        "hidden_size": size.width,
-        "num_hidden_layers": size.depth,
-        "num_attention_heads": heads,
-        "intermediate_size": 4 * size.width,
-        "max_position_embeddings": 514,
-        "type_vocab_size": 1,
-        "attention_probs_dropout_prob": 0.0,
-    }
-    architecture = {"width": size.width, "layers": size.depth, "patch_size": size.patch, "quick_gelu": True}
-    encoders, cross = "bt.models.encoders", {"width": size.width, "heads": heads, "layers": size.cross_layers}
-    tower = build_tower(
-        {
-            "vision": {
-                "_target_": f"{encoders}.open_clip_vit.OpenClipVision",
-                "image_size": size.image,
-                "architecture": architecture,
-            },
-            "text": {"_target_": f"{encoders}.hf_text.HFText", "config": text},
-        },
-        {"_target_": "bt.models.bridges.add.AddBridge"},
-        {"_target_": "bt.models.cross_modal.CoAttention", **cross},
-        vocab_size=size.vocabulary,
-    )
-    for module in tower.cross.modules():
+    model = models.make_model(size, models.pretraining_objectives, dropout=0.1)
+    for module in model.tower.cross.modules():
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.0
-    tokenizer = SimpleNamespace(vocab_size=size.vocabulary, mask_id=4, special_ids=[0, 1, 2])
-    context = Context(tower.width, tower.text.width, tower.vision.width, tokenizer)
-    return TaskModel(tower, {"mlm": MLM(context), "itm": ITM(context)}).train()
+    return model
 
 
 def loss_of(model: TaskModel, batch, precision: str) -> torch.Tensor:
@@ -137,10 +95,7 @@ def trace(size: Size, tokens: int, precision: str, checkpointing: bool = False) 
     calls: Counter[int] = Counter()
     for number, block in enumerate(blocks):
         block.register_forward_hook(lambda *_, number=number: calls.update([number]))
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    found = {
-        pairs: _forward(model, make_batch(size, pairs, 1, (tokens, tokens)), precision, weights) for pairs in (2, 4)
-    }
+    found = {pairs: _forward(model, make_batch(size, pairs, 1, (tokens, tokens)), precision) for pairs in (2, 4)}
     (kept_two, _, flops_two), (kept_four, largest, flops_four) = found[2], found[4]
     traced.per_pair, traced.flops = (kept_four - kept_two) / 2, (flops_four - flops_two) / 2
     traced.fixed, traced.largest = kept_two - 2 * traced.per_pair, largest / 4
@@ -148,17 +103,9 @@ def trace(size: Size, tokens: int, precision: str, checkpointing: bool = False) 
     return traced
 
 
-def _forward(model: nn.Module, batch, precision: str, weights: set[int]) -> tuple[int, int, int]:
+def _forward(model: nn.Module, batch, precision: str) -> tuple[int, int, int]:
     """Bytes kept, bytes of the largest kept tensor, and operations."""
-    kept: dict[int, int] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with saved_tensors_hooks(keep, lambda tensor: tensor), FlopCounterMode(display=False) as counter:
+    with kept_by_autograd(model.parameters()) as kept, FlopCounterMode(display=False) as counter:
         loss = loss_of(model, batch, precision)
     del loss
     return sum(kept.values()), max(kept.values()), counter.get_total_flops()
@@ -230,7 +177,8 @@ HEADER = (
 def show(traced: Traced, options: argparse.Namespace, where: list[tuple[str, int]]) -> None:
     """Prints the table and what does not depend on the number of devices."""
     size, whole = SIZES[options.size], 12 * traced.parameters / GB
-    print(f"{options.size}: {json.dumps(asdict(size))}, {options.tokens} tokens, {options.precision}")
+    shown = json.dumps({key: getattr(size, key) for key in SHOWN})
+    print(f"{options.size}: {shown}, {options.tokens} tokens, {options.precision}")
     print(
         f"{traced.parameters:,} parameters, {traced.rest:,} of them in no layer; {3 * traced.flops / 1e12:.2f} TFLOP "
         f"and {traced.per_pair / 1e6:.0f} MB of activations a pair\n"

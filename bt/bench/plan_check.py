@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import sys
 from pathlib import Path
@@ -12,13 +11,14 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bt.bench.cases import make_batch
-from bt.bench.plan import SIZES, Size, loss_of, make_model
+from bt.bench.memory import resident
+from bt.bench.models import Size, make_batch
+from bt.bench.plan import SIZES, loss_of, make_model
 from bt.engine import distributed
 from bt.engine.distributed import World
 from bt.engine.parallel import make_parallel
 
-WARM_UP = Size(64, 1, 16, 32, cross_layers=1, vocabulary=100)
+WARM_UP = Size(width=64, depth=1, heads=1, image=32, cross_layers=1, vocabulary=100)
 STEPS = 2  # the second one has the optimizer's moments
 
 
@@ -63,7 +63,7 @@ def main() -> None:
     work, out = json.loads(sys.argv[1]), Path(sys.argv[2])
     with distributed.joined("cpu") as world:
         steps(WARM_UP, world, work)  # what libraries load and keep from their first use on is no part of the plan
-        before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        before = resident("VmRSS")
         sent = steps(SIZES[work["size"]], world, work)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
         (out / f"{world.rank}.json").write_text(json.dumps({"bytes": peak, "sent": sent}))

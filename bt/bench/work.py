@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from bt.bench.cases import irtr_batch
 from bt.bench.models import SIZES, make_batch, make_model, pretraining_objectives
 from bt.bench.retrieval_cases import open_gallery
 from bt.data.batch import Batch
+from bt.engine.cost import counting_flops
 from bt.tasks.base import Context, Objective, TaskModel
 from bt.tasks.contrastive import Contrastive
 from bt.tasks.irtr import IRTR
@@ -99,7 +99,7 @@ def count_encoded(model: TaskModel, step: Callable[[], Any]) -> dict[str, int]:
         part.register_forward_pre_hook(note(kind))
         for kind, part in (("images", model.tower.vision), ("texts", model.tower.text))
     ]
-    with SyncCounter() as syncs, FlopCounterMode(display=False) as counter:
+    with SyncCounter() as syncs, counting_flops() as counter:
         step()
     for handle in handles:
         handle.remove()
@@ -125,18 +125,13 @@ def of_retrieval() -> dict[str, int]:
     """The work of scoring 3 images with 6 texts, all pairs."""
     torch.manual_seed(0)
     model = make_model(SIZE, lambda context: {"irtr": IRTR(context)}).eval()
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
 
     @torch.no_grad()
     def score() -> None:
         gallery = open_gallery(model, make_batch(SIZE, 3, 2))
         gallery.scores(gallery.states_of(gallery.chunks[0]), torch.cartesian_prod(torch.arange(3), torch.arange(6)))
 
-    try:
-        return count_encoded(model, score)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
+    return count_encoded(model, score)
 
 
 def count_all() -> dict[str, dict[str, int]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,19 @@ from bt.models.bridgetower import BridgeTower, Need
 from bt.tasks.base import Objective, TaskModel
 
 PARTS = ("vision", "text", "bridges", "cross", "heads")
+
+
+@contextlib.contextmanager
+def counting_flops() -> Iterator[FlopCounterMode]:
+    """Counts the floating-point operations within it, those of text encoders in evaluation mode too: torch's fused
+    encoder layer is one operation, which the counter does not know."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with FlopCounterMode(display=False) as counter:
+            yield counter
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 @dataclass(frozen=True)
@@ -95,15 +109,11 @@ def tower_flops(model: TaskModel, tokens: int) -> dict[str, int]:
     ids = torch.zeros(1, tokens, dtype=torch.int64, device=device)
     texts, pairs = Texts(ids, torch.ones_like(ids, dtype=torch.bool)), ids.new_zeros(1, 2)
     modes = {module: module.training for module in tower.modules()}
-    # torch's fused attention layer is one operation, which the counter does not know.
-    fused = torch.backends.mha.get_fastpath_enabled()
     try:
         tower.eval()
-        torch.backends.mha.set_fastpath_enabled(False)
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), counting_flops() as counter:
             _Pass(tower, list(model.objectives.values()))(pixels, texts, pairs)
     finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
         for module, mode in modes.items():
             module.training = mode
     counts = {name: sum(found.values()) for name, found in counter.get_flop_counts().items()}
