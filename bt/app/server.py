@@ -7,7 +7,6 @@ before it is read: the size of the body, the picture's pixels, the text, and how
 from __future__ import annotations
 
 import asyncio
-import base64
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from bt.config.entry import one_line
 from bt.data.transforms import UNDECODABLE
 from bt.errors import UserError
 from bt.inference.encoder import NoHead
+from bt.inference.inputs import data_url
 from bt.inference.predictor import MASKS, Choice, Predictor
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # Pillow reads many more, some by other programs
@@ -160,9 +160,7 @@ def _listed(choices: Sequence[Choice]) -> list[dict[str, Any]]:
 
 
 def _looks(model: Predictor, pixels, text: str) -> dict[str, Any]:
-    for mask in MASKS:
-        text = text.replace(mask, model.mask_token)
-    attention = model.attention(pixels, text)
+    attention = model.attention(pixels, model.with_masks(text))
     found: dict[str, Any] = {"tokens": attention.tokens, "heat": None, "seen": None}
     for name, values in (("heat", attention.heat), ("seen", attention.seen)):
         try:
@@ -174,7 +172,4 @@ def _looks(model: Predictor, pixels, text: str) -> dict[str, Any]:
 
 def _png(pixels) -> str:
     """The picture as the model sees it, as a data URL."""
-    image = Image.fromarray(pixels.permute(1, 2, 0).squeeze(-1).numpy()).resize((SHOWN, SHOWN))
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return data_url(Image.fromarray(pixels.permute(1, 2, 0).squeeze(-1).numpy()).resize((SHOWN, SHOWN)))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 from dataclasses import dataclass, fields, replace
 
-import open_clip.transformer
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,9 +18,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bt.bench.models import Step
 from bt.data.batch import Batch, Texts
 from bt.models.bridgetower import BridgeTower, Encoded, Fused, Need
-from bt.models.cross_modal import Attention
+from bt.models.cross_modal import set_folding
 from bt.models.gather import gather
-from bt.models.quick_gelu import QuickGELU
+from bt.models.quick_gelu import use_formula
 from bt.tasks.base import Objective, Result, Shared, TaskModel
 from bt.tasks.mlm import MLM
 
@@ -53,12 +52,8 @@ def savings() -> list[tuple[str, Scheme]]:
 
 def prepare(model: nn.Module, scheme: Scheme) -> None:
     """Sets what modules of the model do by themselves."""
-    for module in model.modules():
-        if isinstance(module, Attention):
-            module.folding = not scheme.projected
-        for name, child in module.named_children():
-            if isinstance(child, QuickGELU | open_clip.transformer.QuickGELU):
-                setattr(module, name, open_clip.transformer.QuickGELU() if scheme.formulas else QuickGELU())
+    set_folding(model, not scheme.projected)
+    use_formula(model, scheme.formulas)
 
 
 def kernels(scheme: Scheme) -> contextlib.AbstractContextManager:

@@ -12,7 +12,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -201,11 +201,16 @@ def differences(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple
     ]
 
 
+def listed(lines: Sequence[str]) -> str:
+    """The first of some differences, and how many more there are."""
+    more = f" and {len(lines) - 4} more" if len(lines) > 4 else ""
+    return "; ".join(lines[:4]) + more
+
+
 def _refuse_differences(where: Path, found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]):
     lines = differences(found, wanted)
     if lines:
-        more = f" and {len(lines) - 4} more" if len(lines) > 4 else ""
-        raise CheckpointError(f"{where} holds another architecture: {'; '.join(lines[:4])}{more}")
+        raise CheckpointError(f"{where} holds another architecture: {listed(lines)}")
 
 
 def _check_space(root: Path, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:

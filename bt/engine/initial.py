@@ -11,7 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bt.engine.checkpoint import best_checkpoint, differences, last_checkpoint, read_state, read_tensors, shapes
+from bt.engine.checkpoint import (
+    best_checkpoint,
+    differences,
+    last_checkpoint,
+    listed,
+    read_state,
+    read_tensors,
+    shapes,
+)
 from bt.errors import CheckpointError
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
@@ -138,10 +146,7 @@ def load_weights(
     tower = model.tower.adapt_state(tower)
     lines = differences(shapes(tower), shapes(own))
     if lines:
-        more = f" and {len(lines) - 4} more" if len(lines) > 4 else ""
-        raise CheckpointError(
-            f"{source} holds another architecture: " + "; ".join(f"tower.{line}" for line in lines[:4]) + more
-        )
+        raise CheckpointError(f"{source} holds another architecture: {listed([f'tower.{line}' for line in lines])}")
     report = Loaded(source, encoders_only, unused=[name for name in heads if name not in model.objectives])
     fitting: dict[str, Tensor] = {}
     for name, objective in model.objectives.items():

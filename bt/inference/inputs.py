@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -46,6 +48,13 @@ def read_pixels(picture: Picture, transform: Transform) -> Tensor:
         # Pillow's own words for bytes that are no image name a buffer in memory.
         reason = "not an image" if "cannot identify" in str(error) else error
         raise DataError(f"{name} cannot be decoded: {reason}") from error
+
+
+def data_url(image: Image.Image) -> str:
+    """A picture for a page, as PNG in the address itself."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def check_texts(texts: Sequence[str]) -> list[str]:

@@ -203,7 +203,7 @@ class Predictor(Encoder):
     def fill_mask(self, pictures, texts, top=5):
         """For each [MASK] of each text, in their order, the `top` likeliest tokens given the picture, best first."""
         head = self._head(MLM, "masked words")
-        written = [self._with_masks(text) for text in check_texts(as_list(texts))]
+        written = [self.with_masks(text) for text in check_texts(as_list(texts))]
         found = []
         for images, rows, tokens in self._tokens_of_pairs(pictures, written):
             positions = (tokens.ids == self.tokenizer.mask_id).to(self.device)
@@ -226,7 +226,8 @@ class Predictor(Encoder):
             return self.tokenizer.backend.id_to_token(number)
         return self.tokenizer.decode([number]).strip()
 
-    def _with_masks(self, text: str) -> str:
+    def with_masks(self, text: str) -> str:
+        """The text with the tokenizer's mask token for each of MASKS."""
         for mask in MASKS:
             text = text.replace(mask, self.mask_token)
         return text

@@ -14,7 +14,7 @@ from bt.engine.checkpoint import save_tensors
 from bt.errors import CheckpointError
 from bt.interop.architecture import text_node, vision_node
 from bt.interop.folder import new_folder, write_options
-from bt.interop.imports import Row, check_tokenizer, find_tokenizer, grouped, set_value
+from bt.interop.imports import Row, check_tokenizer, find_tokenizer, grouped, set_value, token_roles
 from bt.interop.source import Source
 
 # Of a CLIP file, beside the image trunk: what it is, and why it is not read.
@@ -78,15 +78,7 @@ def import_text(source: Source, out: Path, tokenizer: str | None, changes: Mappi
         named: dict[str, Any] = node["tokenizer"]
         if found is not None:
             found.save(place / "tokenizer.json")
-            roles = {
-                "bos_token": found.special["bos"],
-                "cls_token": found.special["bos"],
-                "eos_token": found.special["eos"],
-                "sep_token": found.special["eos"],
-                "pad_token": found.special["pad"],
-                "mask_token": found.special["mask"],
-                "tokenizer_class": "PreTrainedTokenizerFast",
-            }
+            roles = token_roles(found) | {"tokenizer_class": "PreTrainedTokenizerFast"}
             (place / "tokenizer_config.json").write_text(json.dumps(roles, indent=1) + "\n")
             named = {"kind": "pretrained", "name": str(out.resolve() / "text")}
         node |= {"name": str(out.resolve() / "text"), "pretrained": True, "config": None, "tokenizer": named}

@@ -14,7 +14,7 @@ from bt.interop.architecture import LINK_TOWERS
 from bt.interop.exports import Sizes, measure, need_heads, record_of, refuse, rows_of
 from bt.interop.folder import Bundle, build, new_folder
 from bt.interop.huggingface import to_huggingface, transformers_name
-from bt.interop.imports import Row
+from bt.interop.imports import Row, token_roles
 from bt.interop.source import RECORD
 from bt.models.bridgetower import Need
 
@@ -146,16 +146,10 @@ def write_processor(bundle: Bundle, sizes: Sizes, folder: Path) -> dict[str, str
             "--tokenizer FOLDER adds it"
         )
         return said
-    roles = bundle.tokenizer.special
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bundle.tokenizer.backend,
-        bos_token=roles["bos"],
-        cls_token=roles["bos"],
-        eos_token=roles["eos"],
-        sep_token=roles["eos"],
-        pad_token=roles["pad"],
-        mask_token=roles["mask"],
         model_max_length=sizes.model.tower.text.max_positions,
+        **token_roles(bundle.tokenizer),
     )
     BridgeTowerProcessor(images, tokenizer).save_pretrained(folder)
     return said

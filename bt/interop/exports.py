@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from bt.errors import CheckpointError
-from bt.interop.folder import Bundle, build
+from bt.interop.folder import Bundle
 from bt.interop.imports import Row, check, grouped, part_of
 from bt.models.cross_modal import CoAttention
 from bt.models.encoders.hf_text import HFText
@@ -55,8 +55,7 @@ class Sizes:
 
 def measure(bundle: Bundle) -> Sizes:
     """The model's sizes, and what neither of the formats can hold."""
-    check(bundle)
-    model = build(bundle, "meta")
+    model = check(bundle)
     tower, bridge = model.tower, bundle.nodes["bridge"]
     sizes = Sizes(model, str(bridge["_target_"]))
     sizes.need(isinstance(tower.vision, OpenClipVision), "its image encoder is no CLIP ViT")

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from open_clip.transformer import QuickGELU as PlainQuickGELU
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
@@ -27,8 +26,8 @@ from bt.errors import CheckpointError
 from bt.interop.folder import Bundle, build, new_folder
 from bt.interop.imports import Row
 from bt.models.bridgetower import BridgeTower, Encoded, Need
-from bt.models.cross_modal import Attention
-from bt.models.quick_gelu import QuickGELU
+from bt.models.cross_modal import set_folding
+from bt.models.quick_gelu import use_formula
 
 # Largest difference of an output, over the output's own largest value, that passes for rounding.
 TOLERANCE = 1e-4
@@ -36,36 +35,34 @@ TOLERANCE = 1e-4
 LARGEST_ONNX = 1_900_000_000
 
 
-class EncodeImages(nn.Module):
-    outputs = ("states", "cls")
+class _OfTower(nn.Module):
+    """One of the tower's calls as a module of its own. outputs: their names."""
+
+    outputs: tuple[str, ...]
 
     def __init__(self, tower: BridgeTower):
         super().__init__()
         self.tower = tower
+
+
+class EncodeImages(_OfTower):
+    outputs = ("states", "cls")
 
     def forward(self, images: Tensor, types: Tensor) -> tuple[Tensor, Tensor]:
         encoded = self.tower.encode_images(images, types)
         return torch.stack(encoded.states), encoded.cls
 
 
-class EncodeTexts(nn.Module):
+class EncodeTexts(_OfTower):
     outputs = ("states", "cls")
-
-    def __init__(self, tower: BridgeTower):
-        super().__init__()
-        self.tower = tower
 
     def forward(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         encoded = self.tower.encode_texts(Texts(ids, mask))
         return torch.stack(encoded.states), encoded.cls
 
 
-class Fuse(nn.Module):
+class Fuse(_OfTower):
     outputs = ("cls", "text", "image")
-
-    def __init__(self, tower: BridgeTower):
-        super().__init__()
-        self.tower = tower
 
     def forward(
         self, image_states: Tensor, text_states: Tensor, text_mask: Tensor, pairs: Tensor
@@ -168,12 +165,8 @@ def export_graphs(bundle: Bundle, out: Path, kind: str) -> list[Row]:
 def traceable(tower: BridgeTower) -> None:
     """Takes out what is fast in eager mode alone: orders of products that the sizes of a batch choose, of which a
     graph would hold one, and an activation with a gradient of its own."""
-    for module in [*tower.modules()]:
-        if isinstance(module, Attention):
-            module.folding = False
-        for name, part in module.named_children():
-            if isinstance(part, QuickGELU):
-                setattr(module, name, PlainQuickGELU())
+    set_folding(tower, False)
+    use_formula(tower)
 
 
 def trace(call: Call) -> ExportedProgram:

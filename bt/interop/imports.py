@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bt.data.text import Tokenizer, load_tokenizer, pretrained_tokenizer
-from bt.engine.checkpoint import differences, shapes
+from bt.engine.checkpoint import differences, listed, shapes
 from bt.errors import CheckpointError, ConfigError, DataError
 from bt.interop import architecture
 from bt.interop.folder import LABELS_OF, RELEASED_CLASSES, Bundle, all_labels, build, label_rows
@@ -22,6 +22,7 @@ from bt.interop.huggingface import from_huggingface, unused_huggingface
 from bt.interop.managertower import from_managertower, unused_managertower
 from bt.interop.official import from_official, unused, why_unused
 from bt.interop.source import TOKENIZER_FILES, Source, drop, read_json
+from bt.tasks.base import TaskModel
 
 # What a file is, by a tensor that it has; the first that fits.
 FAMILIES = (
@@ -189,13 +190,19 @@ def _no_contrast(state: dict[str, Tensor], tensors: Mapping[str, Tensor]) -> dic
 
 def set_value(nodes: dict[str, Any], key: str, value: Any) -> None:
     """Sets a key that is there, by its dotted name."""
+    node, last = _place(nodes, key)
+    if last not in node:
+        raise ConfigError(f"--set {key}: the model's configuration has no such key")
+    node[last] = value
+
+
+def _place(nodes: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
+    """The dictionary that a dotted key ends in, an empty one where there is none, and the key's last part."""
     *path, last = key.split(".")
     node: Any = nodes
     for part in path:
         node = node.get(part) if isinstance(node, dict) else None
-    if not isinstance(node, dict) or last not in node:
-        raise ConfigError(f"--set {key}: the model's configuration has no such key")
-    node[last] = value
+    return node if isinstance(node, dict) else {}, last
 
 
 def restore_record(nodes: dict[str, Any], state: dict[str, Tensor], record: Mapping[str, Any]) -> None:
@@ -205,10 +212,7 @@ def restore_record(nodes: dict[str, Any], state: dict[str, Tensor], record: Mapp
     the last bit.
     """
     for key, (value, written) in record.get("settings", {}).items():
-        *path, last = key.split(".")
-        node: Any = nodes
-        for part in path:
-            node = node.get(part, {})
+        node, last = _place(nodes, key)
         if node.get(last) == written:
             node[last] = value
     name, exact = "objectives.itc.temperature", record.get("temperature")
@@ -240,6 +244,19 @@ def find_tokenizer(name: str | None, folder: Path | None) -> Tokenizer | None:
     return load_tokenizer(folder / "tokenizer.json") if (folder / "tokenizer.json").is_file() else None
 
 
+def token_roles(tokenizer: Tokenizer) -> dict[str, str]:
+    """Its special tokens by transformers' names of their roles."""
+    special = tokenizer.special
+    return {
+        "bos_token": special["bos"],
+        "cls_token": special["bos"],
+        "eos_token": special["eos"],
+        "sep_token": special["eos"],
+        "pad_token": special["pad"],
+        "mask_token": special["mask"],
+    }
+
+
 def check_tokenizer(tokenizer: Tokenizer | None, rows: int) -> None:
     """The ids must be those of the weights' word table."""
     if tokenizer is not None and tokenizer.vocab_size != rows:
@@ -248,8 +265,8 @@ def check_tokenizer(tokenizer: Tokenizer | None, rows: int) -> None:
         )
 
 
-def check(bundle: Bundle) -> None:
-    """Raises CheckpointError unless the tensors are exactly those of the model that the configuration describes."""
+def check(bundle: Bundle) -> TaskModel:
+    """The model that the configuration describes, on "meta"; CheckpointError unless the tensors are exactly its."""
     all_labels(bundle)
     try:
         model = build(bundle, "meta")
@@ -257,8 +274,8 @@ def check(bundle: Bundle) -> None:
         raise CheckpointError(f"{bundle.source}: {error}") from error
     lines = differences(shapes(bundle.state), shapes(model.state_dict()))
     if lines:
-        more = f" and {len(lines) - 4} more" if len(lines) > 4 else ""
-        raise CheckpointError(f"{bundle.source} has not the tensors of its architecture: {'; '.join(lines[:4])}{more}")
+        raise CheckpointError(f"{bundle.source} has not the tensors of its architecture: {listed(lines)}")
+    return model
 
 
 def sha256(path: Path) -> str:

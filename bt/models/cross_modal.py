@@ -72,6 +72,13 @@ class Attention(SubLayer):
         return cheapest(width, self.heads, pairs, own.shape[:2], other.shape[:2]) if self.folding else "plain"
 
 
+def set_folding(model: nn.Module, folding: bool) -> None:
+    """Whether the cross-modal attention of a model chooses the order of its products; see Attention."""
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.folding = folding
+
+
 class SelfAttention(Attention):
     def __init__(self, width: int, heads: int, dropout: float, norm_eps: float, norm: str = "post"):
         super().__init__(width, heads, dropout, norm_eps, norm)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from open_clip.transformer import QuickGELU as PlainQuickGELU
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -31,3 +32,11 @@ class QuickGELU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return _QuickGELU.apply(x)
+
+
+def use_formula(model: nn.Module, formula: bool = True) -> None:
+    """Puts open_clip's class, which computes it by its formula, in place of this one, or the other way round."""
+    for module in [*model.modules()]:
+        for name, child in module.named_children():
+            if isinstance(child, QuickGELU | PlainQuickGELU):
+                setattr(module, name, PlainQuickGELU() if formula else QuickGELU())

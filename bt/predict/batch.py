@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from bt.data.shards import write_atomic
 from bt.engine.progress import Countdown
 from bt.errors import DataError, UserError
 from bt.predict.questions import Asked, Results
@@ -34,9 +35,7 @@ class Partial:
             raise UserError(f"{self.lines} holds results of other input or options: remove it or give another --out")
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self.about.with_name(f".{self.about.name}")
-            temporary.write_text(json.dumps(digest))
-            temporary.replace(self.about)
+            write_atomic(self.about, json.dumps(digest).encode())
             self.file = self.lines.open("ab+")
         except OSError as error:
             raise UserError(f"{out} cannot be written: {error.strerror}") from error

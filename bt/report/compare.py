@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from bt.engine.cost import PARTS
 from bt.errors import DataError
@@ -155,9 +155,9 @@ def _tested(settings: list[Setting], reference: Setting) -> list[Setting]:
                 note = "no spread of the differences to test against"
             else:
                 raw[setting.name] = paired_t_test(pairs)
-        made.append(Setting(setting.name, setting.runs, setting.values, difference, None, note))
+        made.append(replace(setting, difference=difference, note=note))
     corrected = holm(raw)
-    return [Setting(one.name, one.runs, one.values, one.difference, corrected.get(one.name), one.note) for one in made]
+    return [replace(one, p=corrected.get(one.name)) for one in made]
 
 
 def paired_t_test(pairs: Sequence[tuple[float, float]]) -> float:

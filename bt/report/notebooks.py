@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bt.data.shards import write_atomic
 from bt.errors import UserError
 
 FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
@@ -53,9 +54,7 @@ def render(notebook: Any, path: Path) -> None:
 
     exporter = HTMLExporter(exclude_input_prompt=True, exclude_output_prompt=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(exporter.from_notebook_node(notebook)[0])
-    temporary.replace(path)
+    write_atomic(path, exporter.from_notebook_node(notebook)[0].encode())
 
 
 def main(given: list[str] | None = None) -> None:

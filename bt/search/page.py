@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageOps
 
 from bt.data.decode import UNDECODABLE, convert, decode
+from bt.data.shards import write_atomic
+from bt.inference.inputs import data_url
 from bt.search.query import Hit
 
 SIDE, LINE, COLUMNS = 192, 18, 5  # pixels of a picture and of the line below it; pictures in a row
@@ -52,12 +52,9 @@ def page(text: str, hits: Sequence[Hit], path: Path) -> None:
     """An HTML page with the pictures in it; whatever the text and the paths hold is shown, never run."""
     figures = []
     for number, hit in enumerate(hits, 1):
-        buffer = io.BytesIO()
-        thumbnail(hit.path).save(buffer, "PNG")
-        data = base64.b64encode(buffer.getvalue()).decode()
         name = html.escape(str(hit.path))
         figures.append(
-            f'<figure><img src="data:image/png;base64,{data}" alt="{name}" title="{name}">'
+            f'<figure><img src="{data_url(thumbnail(hit.path))}" alt="{name}" title="{name}">'
             f"<figcaption>{html.escape(caption(number, hit))}<br>{html.escape(hit.path.name)}</figcaption></figure>"
         )
     title = html.escape(text)
@@ -66,6 +63,4 @@ def page(text: str, hits: Sequence[Hit], path: Path) -> None:
         f'<!DOCTYPE html><html><head><meta charset="utf-8"><title>{title}</title><style>{style}</style></head>'
         f"<body><h1>{title}</h1>{''.join(figures)}</body></html>\n"
     )
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(document, encoding="utf-8", errors="backslashreplace")
-    temporary.replace(path)
+    write_atomic(path, document.encode("utf-8", "backslashreplace"))

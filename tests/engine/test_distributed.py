@@ -24,12 +24,12 @@ from tests.tasks.test_golden import CONTEXT
 ROOT = Path(__file__).parents[2]
 
 
-def torchrun(ranks: int, module: str, *arguments: object) -> None:
+def torchrun(ranks: int, module: str, *arguments: object, **environment: str) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", module]
     done = subprocess.run(
         [*command, *map(str, arguments)],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
         timeout=240,

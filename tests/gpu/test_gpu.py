@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +20,7 @@ from bt.engine.distributed import World
 from bt.engine.parallel import Shards
 from bt.models.bridgetower import Need
 from tests.engine.ranks import SUMS, Case, train
-from tests.engine.test_distributed import assert_same_adamw
+from tests.engine.test_distributed import assert_same_adamw, torchrun
 from tests.golden_helpers import difference, golden_batch, golden_texts, golden_tower, load_golden, tensors
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -89,17 +88,8 @@ def test_shards_over_nccl(few_dir, group, tmp_path):
 def test_two_ranks_over_nccl(few_dir, tmp_path):
     """Replicas and shards, with accumulation too, against one GPU."""
     cases = [Case(f"{p}{m or ''}", p, task=SUMS, adamw=True, micro_batch=m) for p in ("ddp", "fsdp") for m in (None, 4)]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    arguments = [str(few_dir), str(tmp_path), *(json.dumps(dataclasses.asdict(case)) for case in cases)]
-    done = subprocess.run(
-        [*command, "-m", "tests.engine.ranks", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "TEST_DEVICE": "cuda"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    arguments = [few_dir, tmp_path, *(json.dumps(dataclasses.asdict(case)) for case in cases)]
+    torchrun(2, "tests.engine.ranks", *arguments, TEST_DEVICE="cuda")
     start, alone = (train(str(few_dir), GPU, Case("a", task=SUMS, adamw=True, steps=n)) for n in (0, 3))
     for case in cases:
         assert_same_adamw(load_file(tmp_path / f"{case.name}.safetensors"), alone, start)
