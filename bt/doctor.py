@@ -26,6 +26,8 @@ EXTRAS = {
     "tracking": "MLflow on PostgreSQL, tracking.system_metrics=true",
     "app": "make app",
     "onnx": "bt.checkpoint export --format onnx",
+    "notebooks": "make notebooks",
+    "docs": "make docs",
 }
 PROGRAMS = {
     "git": "the revision in report.json",

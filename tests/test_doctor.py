@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -26,6 +28,11 @@ def test_this_machine_can_run(capsys, tmp_path, monkeypatch):
     assert "mlflow.db, made by the first run" in found["mlflow store"]["found"]
     assert {"python", "shared memory", "git", "sbatch", "npm", "chromium"} <= set(found)
     assert not list(tmp_path.iterdir())  # it leaves nothing behind
+
+
+def test_it_says_what_every_extra_is_for():
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    assert set(doctor.EXTRAS) == set(project["project"]["optional-dependencies"])
 
 
 def test_what_is_needed_breaks_and_what_is_not_is_missing(capsys, tmp_path, monkeypatch):
