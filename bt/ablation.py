@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 from pathlib import Path
 
@@ -21,9 +22,8 @@ DATA_DIR, ENCODERS = "data/easy_vqa", "runs/ablation_encoders"
 # Name, members, and the setting that the others are tested against.
 SWEEPS = (("ablation_bridges", 36, "bridge=none"), ("ablation_layers", 36, None))
 TABLES = Path("docs/ablation")
-# CPU seconds: of the encoders' training as measured, of a run extrapolated from a hundred steps; used until there are
-# finished runs to go by.
-SECONDS = {"encoders": 100.0, "run": 45.0}
+# Of the encoders' training and of a run with three layers, as measured; used until there are finished runs to go by.
+SECONDS = {"encoders": 100.0, "run": 100.0}
 
 
 def finished_seconds(sweep: str) -> list[float]:
@@ -32,7 +32,7 @@ def finished_seconds(sweep: str) -> list[float]:
 
 
 def forecast() -> tuple[int, float]:
-    """Runs that are missing, and the seconds that they and the encoders will take one after the other."""
+    """Runs that are missing, and the seconds that they and the encoders take on a core, one after the other."""
     done = {name: finished_seconds(name) for name, _, _ in SWEEPS}
     missing = sum(max(0, members - len(done[name])) for name, members, _ in SWEEPS)
     known = [seconds for found in done.values() for seconds in found]
@@ -49,12 +49,13 @@ def main() -> None:
     settings = parser.parse_args().settings
     missing, seconds = forecast()
     runs = sum(members for _, members, _ in SWEEPS)
-    print(f"{missing} of {runs} runs are missing: about {duration(seconds)} on one core, one after the other")
+    cores = len(os.sched_getaffinity(0))  # a run computes with one thread
+    print(f"{missing} of {runs} runs are missing: about {duration(seconds / cores)} with {cores} at a time")
     run_module("bt.convert", "source=easy_vqa", f"out_dir={DATA_DIR}")
     run_module("bt.train", "experiment=ablation_encoders", f"data.dir={DATA_DIR}", f"run_dir={ENCODERS}")
     for name, _, against in SWEEPS:
         start = [f"data.dir={DATA_DIR}", f"init_from={ENCODERS}", "hydra/launcher=local"]
-        run_module("bt.train", "-m", f"sweep={name}", *start, "hydra.launcher.max_parallel=1", *settings)
+        run_module("bt.train", "-m", f"sweep={name}", *start, f"hydra.launcher.max_parallel={cores}", *settings)
         tested = ["--against", against] if against else []
         run_module("bt.report", "--sweep", name, "--metric", "vqa/test/score", "--out", str(TABLES), *tested)
 

@@ -15,12 +15,13 @@ from bt.engine.members import labels_of_grid
 def test_it_says_how_long_it_takes_and_runs_what_is_missing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     called: list[tuple[str, ...]] = []
+    monkeypatch.setattr(ablation.os, "sched_getaffinity", lambda process: {0, 1, 2})
     monkeypatch.setattr(ablation, "run_module", lambda *words: called.append(words))
     monkeypatch.setattr(sys, "argv", ["bt.ablation", "tracking.uri=sqlite:///other.db"])
     ablation.main()
     runs = sum(members for _, members, _ in ablation.SWEEPS)
-    whole = ablation.duration(runs * ablation.SECONDS["run"] + ablation.SECONDS["encoders"])
-    assert f"{runs} of {runs} runs are missing: about {whole} on one core" in capsys.readouterr().out
+    whole = ablation.duration((runs * ablation.SECONDS["run"] + ablation.SECONDS["encoders"]) / 3)
+    assert f"{runs} of {runs} runs are missing: about {whole} with 3 at a time" in capsys.readouterr().out
     assert [words[0] for words in called] == [
         "bt.convert",
         "bt.train",
@@ -30,6 +31,7 @@ def test_it_says_how_long_it_takes_and_runs_what_is_missing(tmp_path, monkeypatc
         "bt.report",
     ]
     sweeps = [words for words in called if "-m" in words]
+    assert all("hydra.launcher.max_parallel=3" in words for words in sweeps)
     assert all("tracking.uri=sqlite:///other.db" in words and "hydra/launcher=local" in words for words in sweeps)
     # Finished runs are not counted again, and tell how long the others take.
     for name, seconds in (("one", 10.0), ("two", 30.0)):
