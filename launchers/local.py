@@ -106,10 +106,15 @@ class Queue:
                 return
             with locked(self.logs / LOCK):
                 member = waiting.pop(0)
-                beat = heartbeat.read(member.run_dir)
-                if (beat.get("job"), beat.get("state")) != (self.job, "stopped"):  # else `cancel` was here first
+                if self._may_start(member):
                     # The member inherits the lock and holds it as long as it lives.
                     self.running[place] = self._start(member, self.places[place], lock.fileno())
+
+    def _may_start(self, member: Member) -> bool:
+        """Not one that `cancel` has marked, nor one that was submitted again since, which is another queue's."""
+        beat, jobs = heartbeat.read(member.run_dir), self.sweep.jobs().get(member.key, [])
+        superseded = self.job in jobs and jobs[-1] != self.job
+        return not superseded and (beat.get("job"), beat.get("state")) != (self.job, "stopped")
 
     def _start(self, member: Member, gpus: list[str], lock: int) -> subprocess.Popen:
         command = [sys.executable, "-u"]

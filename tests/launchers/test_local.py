@@ -68,7 +68,8 @@ def test_members_are_killed_cancelled_and_submitted_again_one_by_one(tmp_path, f
     becomes(first, "finished")
     assert "1 of 3 submitted" in command("retry", "three")
     becomes(third, "finished")
-    assert all(logged_steps(member.run_dir) == list(range(1, 61)) for member in (first, second, third))
+    for member in (first, second, third):
+        assert logged_steps(member.run_dir) == list(range(1, 61)), member.label
     assert f"continuing at step {saved}" in command("logs", "three", third.key, "--lines=200")
 
 
