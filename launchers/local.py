@@ -113,6 +113,7 @@ class Queue:
     def _may_start(self, member: Member) -> bool:
         """Not one that `cancel` has marked, nor one that was submitted again since, which is another queue's."""
         beat, jobs = heartbeat.read(member.run_dir), self.sweep.jobs().get(member.key, [])
+        # A queue may be here before `submit` has noted its job; then there is no newer one.
         superseded = self.job in jobs and jobs[-1] != self.job
         return not superseded and (beat.get("job"), beat.get("state")) != (self.job, "stopped")
 
