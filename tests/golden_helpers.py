@@ -108,10 +108,15 @@ def load_golden(model: nn.Module, bridge: str = "add") -> nn.Module:
 @dataclass
 class GradientError:
     """Largest error over all parameters: relative to the parameter's own norm and absmax, and of the key biases
-    relative to the norm of all gradients together."""
+    relative to the norm of all gradients together.
+
+    numbers: that of parameters of one number (the managers' temperatures): sums that nearly cancel, so that rounding,
+    which differs between processors, is large beside them. The fixtures' own, in double precision, is 3.5e-5.
+    """
 
     projections: float = 0.0
     entries: float = 0.0
+    numbers: float = 0.0
     key_biases: float = 0.0
     compared: int = 0
 
@@ -151,6 +156,9 @@ def compare_gradients(model: nn.Module, case: str, entries: bool = True) -> Grad
             continue
         error.compared += 1
         flat = gradient.reshape(-1)
+        if flat.numel() == 1:
+            error.numbers = max(error.numbers, abs(flat.item() - entry["sum"]) / entry["norm"])
+            continue
         double, index = flat.double(), torch.arange(1, flat.numel() + 1, dtype=torch.float64)
         projections = [(double * torch.cos(index * f)).sum().item() for f in PROJECTION_FREQUENCIES]
         pairs = zip([*projections, double.norm().item()], [*entry["proj"], entry["norm"]], strict=True)
@@ -163,7 +171,8 @@ def compare_gradients(model: nn.Module, case: str, entries: bool = True) -> Grad
 
 
 def assert_gradients(model: nn.Module, case: str, entries: bool = True, least: int = 200) -> GradientError:
-    """The tolerances of the README: 2e-5 of the parameter's own norm and absmax; key biases 1e-6 of the total.
+    """The tolerances of the README: 2e-5 of the parameter's own norm and absmax, 2e-4 for single numbers; key biases 1e-6 of the
+    total.
 
     least: so many parameters at least must have been compared.
     """
@@ -171,6 +180,7 @@ def assert_gradients(model: nn.Module, case: str, entries: bool = True, least: i
     assert error.compared >= least, error
     assert error.projections <= 2e-5, error
     assert error.entries <= 2e-5, error
+    assert error.numbers <= 2e-4, error
     assert error.key_biases <= 1e-6, error
     return error
 

@@ -148,12 +148,12 @@ def test_schedule():
 
 @pytest.mark.parametrize("case", ["vqa_3steps_constant_lr", "vqa_3steps_scheduled"])
 def test_three_steps_of_adamw(case):
-    """Tolerances: tests/golden/README.md, but twice its 1e-3 for the projections: sums of products are taken in another
-    order here, and AdamW makes whole steps of gradients that are rounding alone."""
+    """Tolerances: tests/golden/README.md. In double precision, because AdamW makes whole steps of gradients that are
+    rounding alone: what is measured is the fixtures' rounding, not this processor's beside it."""
     golden = table(f"bridgetower/optimizer/{case}")
     rounding = table(f"bridgetower/optimizer/{case}_rounding")
     deltas = tensors(f"bridgetower/optimizer/{case}_delta")
-    model = load_golden(golden_model("vqa"))
+    model = load_golden(golden_model("vqa")).double()
     cfg = OptimizerConfig(lr=1e-3, weight_decay=0.01, groups="official", warmup=0.1)
     optimizer = build_optimizer(model, cfg)
     schedule = make_schedule(cfg, 20) if case.endswith("scheduled") else lambda step: 1.0
@@ -161,8 +161,8 @@ def test_three_steps_of_adamw(case):
     batch = golden_batch()
     pairs = torch.arange(4)[:, None].expand(-1, 2)
     ids = torch.arange(4)
-    targets = {"vqa": {"scores": batch["vqa_targets"], "answered": torch.ones(4, dtype=torch.bool)}}
-    inputs = Batch(batch["image"], golden_texts(batch), pairs, ids, ids, targets)
+    targets = {"vqa": {"scores": batch["vqa_targets"].double(), "answered": torch.ones(4, dtype=torch.bool)}}
+    inputs = Batch(batch["image"].double(), golden_texts(batch), pairs, ids, ids, targets)
 
     def mean_loss():
         return model(inputs)["vqa"].loss / 4
@@ -192,7 +192,7 @@ def test_three_steps_of_adamw(case):
             assert (sample - deltas[name].reshape(-1)).abs().max().item() <= 2e-5, name
             index = torch.arange(1, flat.numel() + 1, dtype=torch.float64)
             waves = [(flat.double() * torch.cos(index * f)).sum().item() for f in PROJECTION_FREQUENCIES]
-            assert waves == pytest.approx(entry["proj"], abs=2e-3 * entry["norm"]), name
+            assert waves == pytest.approx(entry["proj"], abs=1e-3 * entry["norm"]), name
             compared += 1
     assert compared >= 180
 
