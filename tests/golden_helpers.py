@@ -171,8 +171,8 @@ def compare_gradients(model: nn.Module, case: str, entries: bool = True) -> Grad
 
 
 def assert_gradients(model: nn.Module, case: str, entries: bool = True, least: int = 200) -> GradientError:
-    """The tolerances of the README: 2e-5 of the parameter's own norm and absmax, 2e-4 for single numbers; key biases 1e-6 of the
-    total.
+    """The tolerances of the README: 2e-5 of the parameter's own norm and absmax (single numbers 2e-4); key biases 1e-6
+    of the total.
 
     least: so many parameters at least must have been compared.
     """

@@ -116,7 +116,10 @@ def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor])
 
 
 def assert_same_adamw(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], start: dict[str, torch.Tensor]):
-    """Changes of weights by AdamW, which divides a gradient by its own size: tolerances of tests/golden/README.md."""
+    """Changes of weights by AdamW: tolerances of tests/golden/README.md.
+
+    It divides a gradient by its own size, so single entries whose gradient is rounding move at random: 1 in 5,000 may.
+    """
     assert torch.allclose(found["losses"], wanted["losses"], rtol=1e-4), (found["losses"], wanted["losses"])
     compared = 0
     for key in start.keys() - {"losses"}:
@@ -124,7 +127,8 @@ def assert_same_adamw(found: dict[str, torch.Tensor], wanted: dict[str, torch.Te
             continue
         delta, expected = found[key] - start[key], wanted[key] - start[key]
         assert delta.norm().item() == pytest.approx(expected.norm().item(), rel=3e-5, abs=1e-9), key
-        assert (delta - expected).abs().max() <= 2e-5, key
+        errors = (delta - expected).abs()
+        assert errors.max() <= 1e-4 and (errors > 2e-5).sum() <= max(1, errors.numel() // 5000), key
         compared += expected.norm().item() > 0
     assert compared >= 100
 

@@ -125,7 +125,7 @@ def test_a_killed_command_goes_on_without_doubled_or_missing_lines(smoke_runs, f
     assert "holds results of other input or options" in status
     status, said = predict(*given, "--out", out)
     assert status == 0 and f"going on behind {done} of" in said
-    # Another process's products need not be equal to the last bit on every processor, nor the order of near-equal answers.
+    # Two processes' products need not agree to the last bit, so answers of nearly equal probability may change places.
     for found, expected in zip(rows_of(out), rows_of(tmp_path / "whole.jsonl"), strict=True):
         probabilities = [{a["answer"]: a["probability"] for a in row.pop("answers")} for row in (found, expected)]
         assert found == expected and probabilities[0] == pytest.approx(probabilities[1], abs=1e-5)
