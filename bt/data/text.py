@@ -173,7 +173,8 @@ def pretrained_tokenizer(name: str) -> Tokenizer:
     from transformers import AutoTokenizer  # slow to import, and not needed for trained tokenizers
 
     try:
-        found = AutoTokenizer.from_pretrained(name, use_fast=True)
+        # Without the last a folder could name code of its own, for which transformers asks at the terminal.
+        found = AutoTokenizer.from_pretrained(name, use_fast=True, trust_remote_code=False)
     except Exception as error:  # OSError, ValueError and the hub's own errors
         first = (str(error).splitlines() or [repr(error)])[0]
         raise DataError(

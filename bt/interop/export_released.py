@@ -16,7 +16,7 @@ from bt.interop.folder import Bundle, label_rows
 from bt.interop.imports import RELEASED, Row
 from bt.interop.managertower import to_managertower
 from bt.interop.official import to_official
-from bt.interop.source import RECORD
+from bt.interop.record import RECORD
 from bt.models.bridges.manager import ManagerBridge
 
 FAMILY_OF_BRIDGE = {target: family for family, (_, target, _) in RELEASED.items()} | {

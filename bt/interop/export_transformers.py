@@ -15,7 +15,7 @@ from bt.interop.exports import Sizes, measure, need_heads, record_of, refuse, ro
 from bt.interop.folder import Bundle, build, new_folder
 from bt.interop.huggingface import to_huggingface, transformers_name
 from bt.interop.imports import Row, token_roles
-from bt.interop.source import RECORD
+from bt.interop.record import RECORD
 from bt.models.bridgetower import Need
 
 LINK_TOWER_OF_BRIDGE = {target: name for name, target in LINK_TOWERS.items()}

@@ -3,7 +3,7 @@
 A target format fixes what is an option here. Where that changes the outputs beyond rounding, or where there is no place
 for a tensor, the export is refused with the reason; what differs within rounding (an epsilon) or in training alone
 (dropout) is written as the target has it, said, and kept in a record beside the tensors, from which an import restores
-it: bt.json in a folder, the entry `bt` of a .ckpt.
+it; see bt.interop.record.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from bt.errors import CheckpointError
 from bt.interop.folder import Bundle
 from bt.interop.imports import Row, check, grouped, part_of
+from bt.interop.record import RECORDED
 from bt.models.cross_modal import CoAttention
 from bt.models.encoders.hf_text import HFText
 from bt.models.encoders.open_clip_vit import OpenClipVision
@@ -45,6 +46,9 @@ class Sizes:
             self.refused.append(reason)
 
     def say(self, key: str, own: Any, target: Any) -> None:
+        """key: one of RECORDED, which are all that an import restores."""
+        if key not in RECORDED:
+            raise KeyError(key)
         if own != target:
             self.differs[key] = (own, target)
 
@@ -93,7 +97,7 @@ def refuse(sizes: Sizes, target: str) -> None:
 
 
 def record_of(bundle: Bundle, sizes: Sizes) -> dict[str, Any]:
-    """What the target has no place for, as JSON values; see bt.interop.imports.restore_record."""
+    """What the target has no place for, as JSON values; see bt.interop.record."""
     record: dict[str, Any] = {"labels": bundle.labels, "settings": {k: list(v) for k, v in sizes.differs.items()}}
     temperature = bundle.state.get("objectives.itc.temperature")
     return record | ({} if temperature is None else {"temperature": temperature.item()})

@@ -21,6 +21,7 @@ from bt.interop.folder import LABELS_OF, RELEASED_CLASSES, Bundle, all_labels, b
 from bt.interop.huggingface import from_huggingface, unused_huggingface
 from bt.interop.managertower import from_managertower, unused_managertower
 from bt.interop.official import from_official, unused, why_unused
+from bt.interop.record import check_values, place, restore_record
 from bt.interop.source import TOKENIZER_FILES, Source, drop, read_json
 from bt.tasks.base import TaskModel
 
@@ -101,6 +102,7 @@ def import_source(
         state, rest, nodes, title = _from_transformers(source, tensors, notes)
     else:
         state, rest, nodes, title = _from_released(family, source, tensors)
+    check_values(nodes, source.path)
     nodes |= {"plugins": []}
     for key, value in (changes or {}).items():
         set_value(nodes, key, value)
@@ -117,7 +119,7 @@ def import_source(
     nodes["encoder"]["text"]["tokenizer"] = architecture.tokenizer_node(rows, kept=bundle.tokenizer is not None)
     bundle.leave_out(list(leave_out))
     check(bundle)
-    return bundle, [*_rows(bundle, tensors, thrown, source), *notes]
+    return bundle, [*_rows(bundle, thrown, source, leave_out), *notes]
 
 
 def _not_a_model(family: str) -> str:
@@ -190,34 +192,10 @@ def _no_contrast(state: dict[str, Tensor], tensors: Mapping[str, Tensor]) -> dic
 
 def set_value(nodes: dict[str, Any], key: str, value: Any) -> None:
     """Sets a key that is there, by its dotted name."""
-    node, last = _place(nodes, key)
+    node, last = place(nodes, key)
     if last not in node:
         raise ConfigError(f"--set {key}: the model's configuration has no such key")
     node[last] = value
-
-
-def _place(nodes: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
-    """The dictionary that a dotted key ends in, an empty one where there is none, and the key's last part."""
-    *path, last = key.split(".")
-    node: Any = nodes
-    for part in path:
-        node = node.get(part) if isinstance(node, dict) else None
-    return node if isinstance(node, dict) else {}, last
-
-
-def restore_record(nodes: dict[str, Any], state: dict[str, Tensor], record: Mapping[str, Any]) -> None:
-    """What an export of bt kept beside the target's own format, where that still holds what was written then.
-
-    record["settings"]: dotted key -> [value here, what the target was given in its place]. record["temperature"]: to
-    the last bit.
-    """
-    for key, (value, written) in record.get("settings", {}).items():
-        node, last = _place(nodes, key)
-        if node.get(last) == written:
-            node[last] = value
-    name, exact = "objectives.itc.temperature", record.get("temperature")
-    if exact is not None and name in state and abs(state[name].item() - exact) < 1e-6 * exact:
-        state[name] = torch.tensor(exact, dtype=state[name].dtype)
 
 
 def _labels(bundle: Bundle, recorded: Mapping[str, Any], given: Mapping[str, list[str]]) -> dict[str, list[str]]:
@@ -298,7 +276,7 @@ def grouped(what: str, tensors: Mapping[str, Tensor], name: Callable[[str], str]
     return [Row(what, part, len(found), sum(t.numel() for t in found), note) for part, found in parts.items()]
 
 
-def _rows(bundle: Bundle, tensors: Mapping[str, Tensor], thrown: Mapping[str, Tensor], source: Source) -> list[Row]:
+def _rows(bundle: Bundle, thrown: Mapping[str, Tensor], source: Source, left: Sequence[str]) -> list[Row]:
     mapped = dict(sorted(bundle.state.items(), key=lambda item: _order(item[0])))
     rows = grouped("mapped", mapped, part_of)
     for key, tensor in bundle.unused.items():
@@ -306,9 +284,7 @@ def _rows(bundle: Bundle, tensors: Mapping[str, Tensor], thrown: Mapping[str, Te
             continue
         rows.append(Row("kept", key, 1, tensor.numel(), why_unused(key) or _why_kept(key)))
     rows += grouped("kept", thrown, str, "as asked by --drop")
-    kept = {part_of(key) for key in bundle.state}
-    left = [name for name in dict.fromkeys(map(_head, tensors)) if name and f"head {name}" not in kept]
-    rows += [Row("dropped", f"head {name}", 0, 0, "as asked by --leave-out") for name in left if name != "temperature"]
+    rows += [Row("dropped", f"head {name}", 0, 0, "as asked by --leave-out") for name in left]
     if source.training:
         rows.append(Row("dropped", ", ".join(source.training), 0, 0, "state of the other program's training"))
     text = bundle.nodes["encoder"]["text"]["config"]
@@ -318,11 +294,6 @@ def _rows(bundle: Bundle, tensors: Mapping[str, Tensor], thrown: Mapping[str, Te
         )
         rows.append(Row("said", "text encoder", 0, 0, note))
     return rows
-
-
-def _head(key: str) -> str:
-    match = re.match(r"(mlm|itm|itc|vqa|nlvr2|snli)_|(rank)_output", key)
-    return {"snli": "snli_ve", "rank": "irtr"}.get(match[0].split("_")[0], match[0].split("_")[0]) if match else ""
 
 
 def _why_kept(key: str) -> str:

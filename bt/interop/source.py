@@ -15,6 +15,7 @@ from torch import Tensor
 from bt.engine.checkpoint import read_tensors
 from bt.errors import CheckpointError
 from bt.interop.pickles import read_pickle
+from bt.interop.record import RECORD, read_record
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 # What a folder of transformers can have, the first one wins.
@@ -27,8 +28,6 @@ WEIGHTS = (
 # Beside the weights: configuration, tokenizer, image processor.
 SMALL_FILES = ("*.json", "*.txt")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt")
-# What an export of bt writes beside the tensors: a file of a folder, an entry of a .ckpt.
-RECORD = "bt"
 
 
 @dataclass
@@ -81,8 +80,6 @@ def _folder(folder: Path) -> Source:
     found = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if found is None:
         raise CheckpointError(f"{folder} has no weights: looked for {', '.join(WEIGHTS)}")
-    settings = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    record = read_json(folder / f"{RECORD}.json") if (folder / f"{RECORD}.json").is_file() else {}
     paths = [found]
     if found.suffix == ".json":
         index = read_json(found).get("weight_map")
@@ -95,24 +92,33 @@ def _folder(folder: Path) -> Source:
     tensors: dict[str, Tensor] = {}
     for path in paths:
         tensors |= read_tensors(path) if path.suffix == ".safetensors" else _state(read_pickle(path), path)[0]
-    return Source(paths[0], tensors, settings, record=record, folder=folder)
+    return Source(paths[0], tensors, _json_in(folder, "config"), record=_record_in(folder), folder=folder)
 
 
 def _file(path: Path) -> Source:
+    folder = path.parent
     if path.suffix == ".safetensors":
-        beside = path.with_name("config.json")
-        settings = read_json(beside) if beside.is_file() else {}
-        return Source(path, read_tensors(path), settings, folder=path.parent)
+        settings, record = _json_in(folder, "config"), _record_in(folder)
+        return Source(path, read_tensors(path), settings, record=record, folder=folder)
     if path.suffix not in PICKLES:
         raise CheckpointError(f"{path}: its name must end in .safetensors, {', '.join(PICKLES)}")
     content = read_pickle(path)
     tensors, rest = _state(content, path)
-    settings, beside = _settings(rest), path.with_name("config.json")
-    if not settings and path.suffix == ".bin" and beside.is_file():
-        settings = read_json(beside)
-    record = rest.pop(RECORD, {})
+    settings, record = _settings(rest), read_record(rest.pop(RECORD, {}), path)
+    if path.suffix == ".bin":
+        settings, record = settings or _json_in(folder, "config"), record or _record_in(folder)
     training = [name for name in rest if name not in ("hyper_parameters", "hparams_name", "pytorch-lightning_version")]
-    return Source(path, tensors, settings, training, record if isinstance(record, dict) else {}, path.parent)
+    return Source(path, tensors, settings, training, record, folder)
+
+
+def _json_in(folder: Path, name: str) -> dict[str, Any]:
+    """NAME.json of a folder, {} where there is none."""
+    path = folder / f"{name}.json"
+    return read_json(path) if path.is_file() else {}
+
+
+def _record_in(folder: Path) -> dict[str, Any]:
+    return read_record(_json_in(folder, RECORD), folder / f"{RECORD}.json")
 
 
 def _state(content: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
