@@ -170,7 +170,7 @@ MODEL_CASES = {
         lambda s: contrastive(tiny=s.width < 100),
         0.5,
     ),
-    "memory": Entry("peak memory of a pre-training step, 8 pairs, 1 text per image", HF, memory, 3),
+    "memory": Entry("peak memory of a pre-training step, 8 pairs, 1 text per image", HF, memory, 4),
 }
 CASES: dict[str, Entry] = MODEL_CASES | {
     name: Entry(work, "loading", make, 0.3) for name, (work, make) in DATA_CASES.items()

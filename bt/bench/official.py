@@ -108,7 +108,7 @@ def expanded(encoded: Encoded, rows: Tensor) -> Encoded:
 
 def mlm_everywhere(mlm: MLM, shared: Shared, targets: dict[str, Tensor]) -> Result:
     """MLM.forward with the head on all positions."""
-    texts = shared.tower.encode_texts(Texts(targets["ids"], targets["mask"]))
+    texts = shared.own_texts(mlm)
     image_rows = shared.batch.pairs[:, 0]
     pairs = torch.stack([image_rows, torch.arange(len(image_rows))], 1)
     states = shared.tower.fuse(shared.images, texts, pairs, Need(text=True)).text
@@ -123,7 +123,7 @@ def results(model: TaskModel, batch: Batch, scheme: Scheme, max_tokens: int) -> 
     shared, found = Shared(tower, batch, model.objectives), []
     for name, objective in model.objectives.items():
         if scheme.apart:
-            shared = Shared(tower, batch, model.objectives)
+            shared = Shared(tower, batch, {name: objective})
         if scheme.every_position and isinstance(objective, MLM):
             found.append(mlm_everywhere(objective, shared, batch.targets[name]))
         else:

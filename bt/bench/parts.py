@@ -58,9 +58,11 @@ def parts_of(size: Size, images: int, texts_per_image: int) -> dict[str, tuple[C
     tower, (mlm, itm) = model.tower, model.objectives.values()
     batch = make_batch(size, images, texts_per_image)
     of_mlm, of_itm = batch.targets["mlm"], batch.targets["itm"]
-    masked = Texts(of_mlm["ids"], of_mlm["mask"])
+    both = Texts(torch.cat([batch.texts.ids, of_mlm["ids"]]), torch.cat([batch.texts.mask, of_mlm["mask"]]))
     encoded_images = detached(tower.encode_images(batch.images))
-    encoded_texts, encoded_masked = detached(tower.encode_texts(batch.texts)), detached(tower.encode_texts(masked))
+    encoded_texts, encoded_masked = map(
+        detached, tower.encode_texts(both).split([len(batch.texts.ids), len(of_mlm["ids"])])
+    )
     mlm_need, itm_need = Need(text=of_mlm["positions"]), Need(cls=True)
 
     def fuse() -> list[Tensor]:
@@ -83,10 +85,7 @@ def parts_of(size: Size, images: int, texts_per_image: int) -> dict[str, tuple[C
     crossing = [m for name, m in tower.named_children() if name not in (*encoders, "type_embeddings")]
     return {
         "vision": (lambda: backward(*tower.encode_images(batch.images).states), [tower.vision]),
-        "text": (
-            lambda: [backward(*tower.encode_texts(texts).states) for texts in (batch.texts, masked)],
-            [tower.text, tower.text],
-        ),
+        "text": (lambda: backward(*tower.encode_texts(both).states), [tower.text]),
         "cross": (lambda: backward(*fuse()), [*crossing, *crossing]),
         "heads": (lambda: backward(mlm.head(fused_text), itm.head(fused_cls)), [mlm, itm]),
         "optimizer": (optimizer.step, [model]),

@@ -29,6 +29,7 @@ from bt.bench.models import Size, make_batch
 from bt.engine.parallel import layers
 from bt.engine.precision import AUTOCAST, autocast
 from bt.engine.progress import table
+from bt.models.checkpointing import MODES
 from bt.tasks.base import TaskModel
 
 ITC_WIDTH = 256
@@ -84,7 +85,7 @@ def loss_of(model: TaskModel, batch, precision: str) -> torch.Tensor:
     return sum(result.loss for result in results.values())
 
 
-def trace(size: Size, tokens: int, precision: str, checkpointing: bool = False) -> Traced:
+def trace(size: Size, tokens: int, precision: str, checkpointing: str = "none") -> Traced:
     """Runs the forward passes twice. tokens: of each text."""
     model = make_model(size)
     model.tower.set_gradient_checkpointing(checkpointing)
@@ -149,7 +150,7 @@ def row(traced: Traced, options: argparse.Namespace, parallel: str, devices: int
     per_rank = options.global_batch // devices
     micro = min(options.micro_batch, per_rank)
     accumulation = per_rank // micro
-    compute = per_rank * traced.flops * (4 if options.gradient_checkpointing else 3) / (options.tflops * 1e12)
+    compute = per_rank * traced.flops * (4 if options.gradient_checkpointing == "full" else 3) / (options.tflops * 1e12)
     sent = network(traced, parallel, devices, accumulation)
     exchange = sent / GB / (options.inside if devices <= options.per_node else options.network)
     speeds = [options.global_batch / seconds for seconds in (compute + exchange, max(compute, exchange))]
@@ -224,7 +225,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--micro-batch", type=int, default=32, help="at most so many pairs per device and pass")
     parser.add_argument("--tokens", type=int, default=50, help="of a text")
     parser.add_argument("--precision", choices=list(AUTOCAST), default="bf16")
-    parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--gradient-checkpointing", choices=MODES, default="none")
     parser.add_argument("--per-node", type=int, default=8, help="devices of a machine")
     parser.add_argument("--tflops", type=float, default=200.0, help="that a device reaches in this work, not its peak")
     parser.add_argument("--inside", type=float, default=200.0, help="GB/s that a device sends to others of its machine")

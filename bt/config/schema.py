@@ -96,7 +96,7 @@ class TrainerConfig:
     micro_batch: int | None = option(None, low=1)
     precision: str = option("fp32", choices=["fp32", "bf16", "fp16"])
     grad_clip: float | None = option(None, above=0)
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: str = option("none", choices=["none", "cheap", "full"])
     parallel: str = option("ddp", choices=["ddp", "fsdp"])
     timeout_minutes: float = option(30.0, above=0)
     matmul_precision: str = option("highest", choices=["highest", "high", "medium"])
@@ -240,6 +240,10 @@ def check_run(cfg: Config) -> None:
         raise ConfigError(f"data.weights={cfg.data.weights} needs one weight for each of the {len(dirs)} in data.dir")
     if cfg.trainer.epochs is None and cfg.trainer.max_steps is None:
         raise ConfigError("trainer.epochs and trainer.max_steps are both null: one of them must be given")
+    if cfg.trainer.compile and cfg.trainer.gradient_checkpointing == "cheap":
+        raise ConfigError(
+            "trainer.gradient_checkpointing=cheap does not go with trainer.compile=true: none or full does"
+        )
     warmup = cfg.optimizer.warmup
     if isinstance(warmup, float) and warmup > 1:
         raise ConfigError(f"optimizer.warmup={warmup} is out of range: a fraction is at most 1 (an int counts steps)")

@@ -45,7 +45,7 @@ class OutOfMemory(UserError):
             return None
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in text:
             what = text.splitlines()[0] if text else "main memory"
-            less = "a smaller trainer.micro_batch, trainer.gradient_checkpointing=true, trainer.parallel=fsdp"
+            less = "a smaller trainer.micro_batch, trainer.gradient_checkpointing=full, trainer.parallel=fsdp"
             where = "" if _watch is None else f"{_watch.state}: "
             return OutOfMemory(f"{where}out of memory ({what}); less is needed with {less}")
         return None

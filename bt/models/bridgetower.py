@@ -47,6 +47,13 @@ class Encoded:
         mask = None if self.mask is None else gather(self.mask, used)
         return Encoded([gather(state, used) for state in self.states], gather(self.cls, used), mask), rows
 
+    def split(self, sizes: list[int]) -> list[Encoded]:
+        """Parts of so many rows each."""
+        states = [state.split(sizes) for state in self.states]
+        masks = [None] * len(sizes) if self.mask is None else self.mask.split(sizes)
+        classes = self.cls.split(sizes)
+        return [Encoded([s[part] for s in states], classes[part], masks[part]) for part in range(len(sizes))]
+
 
 @dataclass
 class Need:
@@ -199,10 +206,11 @@ class BridgeTower(nn.Module):
         masks = {"own_mask": own_mask, "other_mask": other_mask} if bridge.needs_masks else {}
         return bridge(layer, uni, rows, own, other, **masks)
 
-    def set_gradient_checkpointing(self, enabled: bool) -> None:
-        self.vision.set_gradient_checkpointing(enabled)
-        self.text.set_gradient_checkpointing(enabled)
-        self.cross.checkpointing = enabled
+    def set_gradient_checkpointing(self, mode: str) -> None:
+        """mode: "none", "cheap" or "full"; see bt.models.checkpointing."""
+        self.vision.set_gradient_checkpointing(mode)
+        self.text.set_gradient_checkpointing(mode)
+        self.cross.checkpointing = mode
 
     def parameter_role(self, name: str) -> Literal["base", "cross"]:
         """Which learning rate a parameter of the tower takes: the encoders and the type table the base rate."""

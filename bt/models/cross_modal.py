@@ -10,9 +10,9 @@ from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from bt.errors import ConfigError
+from bt.models import checkpointing
 from bt.models.attention import AttentionMaps, probabilities
 from bt.models.checks import check_range
 from bt.models.folding import cheapest, few_keys, few_queries
@@ -244,7 +244,7 @@ class CrossEncoder(nn.Module):
         self.width = width
         self.layers = layers
         self.init_std = init_std
-        self.checkpointing = False
+        self.checkpointing = "none"
         self.build(width, heads, ffn_ratio, dropout, norm_eps, norm)
         init_new(self, init_std)
 
@@ -283,10 +283,8 @@ class CrossEncoder(nn.Module):
         return None
 
     def run(self, layer: nn.Module, *args) -> Tensor:
-        """The layer's output; with gradient checkpointing its activations are computed again in the backward pass."""
-        if self.checkpointing and self.training:
-            return checkpoint(layer, *args, use_reentrant=False)
-        return layer(*args)
+        """The layer's output, with as much kept for the backward pass as `checkpointing` says."""
+        return checkpointing.run(self.checkpointing if self.training else "none", layer, *args)
 
 
 class CoAttention(CrossEncoder):

@@ -72,6 +72,8 @@ class MLM(Objective):
     Gradients do not reach the poolers nor the last image cross-modal layer, as in the official code.
     """
 
+    reads_texts = False
+
     def __init__(
         self,
         context: Context,
@@ -96,8 +98,11 @@ class MLM(Objective):
     def count(self, targets: dict[str, Tensor]) -> float:
         return targets["labels"].numel()
 
+    def own_texts(self, targets: dict[str, Tensor]) -> Texts:
+        return Texts(targets["ids"], targets["mask"])
+
     def forward(self, shared: Shared, targets: dict[str, Tensor]) -> Result:
-        texts = shared.tower.encode_texts(Texts(targets["ids"], targets["mask"]))
+        texts = shared.own_texts(self)
         image_rows = shared.batch.pairs[:, 0]
         pairs = torch.stack([image_rows, torch.arange(len(image_rows), device=image_rows.device)], dim=1)
         fused = shared.tower.fuse(shared.images, texts, pairs, Need(text=targets["positions"]))

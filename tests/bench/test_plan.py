@@ -9,6 +9,7 @@ from bt.bench import plan, plan_check
 from bt.bench.models import Size
 from bt.bench.plan import memory, network, trace
 from bt.engine.distributed import World
+from bt.models.checkpointing import MODES
 
 SMALL = Size(width=64, depth=2, heads=1, image=32, cross_layers=2, vocabulary=200)
 
@@ -23,20 +24,20 @@ def four():
 
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_bytes_that_a_rank_sends_with_shards(four, accumulation):
-    work = {"parallel": "fsdp", "accumulation": accumulation, "micro_batch": 2, "tokens": 12, "checkpointing": False}
+    work = {"parallel": "fsdp", "accumulation": accumulation, "micro_batch": 2, "tokens": 12, "checkpointing": "none"}
     counted = plan_check.steps(SMALL, four, work)
     traced = trace(SMALL, 12, "fp32")
     # Weights whose rows do not divide by the ranks are padded.
     assert network(traced, "fsdp", 4, accumulation) == pytest.approx(counted, rel=0.02)
-    # Of two layers each. Text: masked texts for MLM, whole ones for ITM. The first cross-modal layer of a modality is
-    # called once more for each of its inputs, for what passes share; MLM reads no image in the last one.
-    assert traced.calls == [1, 1, 2, 2, 4, 2, 3, 1]
+    # Of two layers each. The first cross-modal layer of a modality is called once more for each of its inputs, for what
+    # passes share; MLM reads no image in the last one.
+    assert traced.calls == [1, 1, 1, 1, 4, 2, 3, 1]
 
 
 def test_activations_grow_with_pairs_and_shrink_with_checkpointing():
-    plain, less = (trace(SMALL, 12, "fp32", checkpointing) for checkpointing in (False, True))
-    assert plain.parameters == less.parameters and plain.flops == less.flops
-    assert 0 < less.per_pair < 0.5 * plain.per_pair
+    plain, cheap, full = (trace(SMALL, 12, "fp32", checkpointing) for checkpointing in MODES)
+    assert plain.parameters == cheap.parameters == full.parameters and plain.flops == cheap.flops == full.flops
+    assert 0 < full.per_pair < 0.5 * plain.per_pair and full.per_pair < cheap.per_pair < 0.75 * plain.per_pair
     model, batch = plan.make_model(SMALL), plan.make_batch(SMALL, 3, 1, (12, 12))
     kept, _, flops = plan._forward(model, batch, "fp32")
     assert plain.fixed + 3 * plain.per_pair == pytest.approx(kept, rel=0.01)

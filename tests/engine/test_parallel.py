@@ -103,10 +103,11 @@ def test_every_text_encoder(kind):
     assert_shards_agree(TaskModel(tower_of(encoder, words), objectives()), encoder.image_size, 50)
 
 
+@pytest.mark.parametrize("mode", ["cheap", "full"])
 @pytest.mark.parametrize("cross", CROSS)
-def test_gradient_checkpointing(cross):
+def test_gradient_checkpointing(cross, mode):
     model = model_of("add", cross)
-    model.tower.set_gradient_checkpointing(True)
+    model.tower.set_gradient_checkpointing(mode)
     assert_shards_agree(model)
 
 

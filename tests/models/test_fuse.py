@@ -225,12 +225,13 @@ def test_type_ids_per_image():
     assert different.abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("mode", ["cheap", "full"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_gradient_checkpointing_gives_the_same_gradients(dropout):
+def test_gradient_checkpointing_gives_the_same_gradients(dropout, mode):
     found = []
-    for enabled in (False, True):
+    for chosen in ("none", mode):
         tower = make_tower(dropout=dropout)
-        tower.set_gradient_checkpointing(enabled)
+        tower.set_gradient_checkpointing(chosen)
         torch.manual_seed(5)
         mask = make_texts(7).mask[PAIRS[:, 1]]
         fused = fuse(tower, PAIRS, Need(cls=True, text=mask))
@@ -242,10 +243,10 @@ def test_gradient_checkpointing_gives_the_same_gradients(dropout):
     assert all(torch.equal(expected[name], again[name]) for name in expected)
 
 
-def test_gradient_checkpointing_recomputes_every_layer():
+def test_full_gradient_checkpointing_recomputes_every_layer():
     """Each block of the encoders and each cross-modal layer runs twice: forward, and again in the backward pass."""
     tower = make_tower()
-    tower.set_gradient_checkpointing(True)
+    tower.set_gradient_checkpointing("full")
     calls = {}
     blocks = {f"vision.{i}": b for i, b in enumerate(tower.vision.visual.transformer.resblocks)}
     blocks |= {f"text.{i}": b.attention for i, b in enumerate(tower.text.model.encoder.layer)}

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bt.errors import ConfigError
+from bt.models import checkpointing
 from bt.models.checks import check_range
 
 # Statistics of CLIP's training images, which the official transforms use for every encoder.
@@ -69,9 +70,14 @@ _FINAL = re.compile(r"(?:\w+\.)?(?:norm|ln_post|final_norm|final_layer_norm|head
 
 
 class Encoder(nn.Module):
-    """What image and text encoders share. depth: layers that can be bridged."""
+    """What image and text encoders share.
+
+    depth: layers that can be bridged. pre_norm: whether the blocks are as bt.models.checkpointing.run says of such.
+    """
 
     depth: int
+    checkpointing = "none"  # bt.models.checkpointing
+    pre_norm = False
 
     def layer_of(self, name: str) -> int:
         """The layer of a parameter: 0 for what lies before the first block, 1 to depth, depth + 1 for what follows."""
@@ -92,8 +98,15 @@ class Encoder(nn.Module):
             if self.layer_of(name) <= top:
                 parameter.requires_grad_(False)
 
-    def set_gradient_checkpointing(self, enabled: bool) -> None:
-        raise NotImplementedError
+    def set_gradient_checkpointing(self, mode: str) -> None:
+        """mode: "none", "cheap" or "full", of what a block keeps for the backward pass; see bt.models.checkpointing.
+
+        An encoder that calls its blocks by `run_block` needs nothing more.
+        """
+        self.checkpointing = mode
+
+    def run_block(self, block: nn.Module, states: Tensor) -> Tensor:
+        return checkpointing.run(self.checkpointing if self.training else "none", block, states, pre_norm=self.pre_norm)
 
 
 class VisionEncoder(Encoder):

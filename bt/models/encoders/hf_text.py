@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
 from bt.errors import ConfigError
+from bt.models import checkpointing
 from bt.models.checks import check_range
 from bt.models.encoders.base import TextEncoder
 
@@ -123,9 +124,11 @@ class HFText(TextEncoder):
             found = [torch.cat([state[rows, last][:, None], state[:, 1:]], dim=1) for state in found]
         return found
 
-    def set_gradient_checkpointing(self, enabled: bool) -> None:
-        if enabled:
-            self.model.activation_checkpointing_enable({"use_reentrant": False})
+    def set_gradient_checkpointing(self, mode: str) -> None:
+        super().set_gradient_checkpointing(mode)
+        if mode != "none":
+            self.model.config.use_cache = False  # of no use without generation, and transformers warns of it
+            self.model.activation_checkpointing_enable(checkpointing.options(mode))
         elif self.model.is_activation_checkpointing:
             self.model.activation_checkpointing_disable()
 

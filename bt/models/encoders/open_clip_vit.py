@@ -113,6 +113,7 @@ class OpenClipVision(VisionEncoder):
 
     position_key = "visual.positional_embedding"
     patch_key = "visual.conv1.weight"
+    pre_norm = True
 
     def __init__(
         self,
@@ -172,9 +173,10 @@ class OpenClipVision(VisionEncoder):
 
     def forward(self, images: Tensor, states: int) -> list[Tensor]:
         # The steps of VisionTransformer.forward_intermediates, which would split off the class token.
-        embedded = self.visual._embeds(self.stack_grey(images))
-        _, outputs = self.visual.transformer.forward_intermediates(embedded, indices=states)
-        return [self.visual.ln_post(output) for output in outputs]
-
-    def set_gradient_checkpointing(self, enabled: bool) -> None:
-        self.visual.set_grad_checkpointing(enabled)
+        x = self.visual._embeds(self.stack_grey(images))
+        outputs = []
+        for index, block in enumerate(self.visual.transformer.resblocks):
+            x = self.run_block(block, x)
+            if index >= self.depth - states:
+                outputs.append(self.visual.ln_post(x))
+        return outputs

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from timm.data import resolve_model_data_config
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from bt.errors import ConfigError
+from bt.models.checkpointing import wrap_blocks
 from bt.models.encoders.base import VisionEncoder, adapt_channels
 
 
@@ -60,7 +60,6 @@ class TimmModel(VisionEncoder):
         self.tokens = self.grid**2 + max(self.prefix_tokens, 1)
         self.width = model.num_features
         self.depth = sum(map(len, blocks))
-        self.checkpointing = False
         # Stage by stage: number of blocks, and how their states reach the width of the last stage.
         self.blocks = [len(stage) for stage in blocks]
         widths = [info["num_chs"] for info in model.feature_info] if len(blocks) > 1 else [self.width]
@@ -86,7 +85,7 @@ class TimmModel(VisionEncoder):
         for stage, module in enumerate(stages_of(model)):
             x = module.downsample(x)
             for block in module.blocks:
-                x = checkpoint(block, x, use_reentrant=False) if self.checkpointing and self.training else block(x)
+                x = self.run_block(block, x)
                 number += 1
                 if number > self.depth - states:
                     found.append(self._state(x, stage))
@@ -113,10 +112,10 @@ class TimmModel(VisionEncoder):
             return below + 1 + (int(parts[4]) if parts[3] == "blocks" else 0)
         return super().layer_of(name)
 
-    def set_gradient_checkpointing(self, enabled: bool) -> None:
-        self.checkpointing = enabled
+    def set_gradient_checkpointing(self, mode: str) -> None:
+        super().set_gradient_checkpointing(mode)
         if len(self.blocks) == 1:
-            self.visual.set_grad_checkpointing(enabled)
+            wrap_blocks(self.visual.blocks, mode)
 
     def adapt(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         state = dict(state)

@@ -9,7 +9,6 @@ import torch
 from timm.layers import HybridEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from bt.errors import ConfigError
 from bt.models.checks import check_range
@@ -42,6 +41,7 @@ class TimmVision(VisionEncoder):
 
     position_key = "visual.pos_embed"
     patch_key = "visual.patch_embed.backbone.0.weight"
+    pre_norm = True
 
     def __init__(
         self,
@@ -74,7 +74,6 @@ class TimmVision(VisionEncoder):
         super().__init__(image_size, math.prod(stem_strides), channels, tuple(mean), tuple(std))
         self.width = width
         self.depth = layers
-        self.checkpointing = False
         sides = (self.input_channels, *stem_channels)
         convolutions: list[nn.Module] = []
         for before, after, stride in zip(sides[:-1], sides[1:], stem_strides, strict=True):
@@ -100,10 +99,7 @@ class TimmVision(VisionEncoder):
         x = self.visual._pos_embed(self.visual.patch_embed(self.stack_grey(images)))
         outputs = []
         for index, block in enumerate(self.visual.blocks):
-            x = checkpoint(block, x, use_reentrant=False) if self.checkpointing and self.training else block(x)
+            x = self.run_block(block, x)
             if index >= self.depth - states:
                 outputs.append(self.visual.norm(x))
         return outputs
-
-    def set_gradient_checkpointing(self, enabled: bool) -> None:
-        self.checkpointing = enabled
