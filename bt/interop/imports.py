@@ -23,6 +23,7 @@ from bt.interop.managertower import from_managertower, unused_managertower
 from bt.interop.official import from_official, unused, why_unused
 from bt.interop.record import check_values, place, restore_record
 from bt.interop.source import TOKENIZER_FILES, Source, drop, read_json
+from bt.models.encoders.base import CLIP_MEAN, CLIP_STD
 from bt.tasks.base import TaskModel
 
 # What a file is, by a tensor that it has; the first that fits.
@@ -177,7 +178,30 @@ def _from_transformers(
         )
     state = from_huggingface(tensors)
     rest = unused_huggingface(tensors) | _no_contrast(state, tensors)
-    return state, rest, architecture.transformers_nodes(state, config), "BridgeTower of transformers"
+    nodes = architecture.transformers_nodes(state, config)
+    notes += check_images(source, nodes["encoder"]["vision"]["image_size"])
+    return state, rest, nodes, "BridgeTower of transformers"
+
+
+def check_images(source: Source, image_size: int) -> list[Row]:
+    """What the folder's image processor says of sizes, where the weights say another; CheckpointError where its pixels
+    are not normalised as the image encoder's here."""
+    found = source.processor
+    for key, own in (("do_rescale", True), ("do_normalize", True), ("image_mean", CLIP_MEAN), ("image_std", CLIP_STD)):
+        value = found.get(key, own)
+        same = value is True if own is True else isinstance(value, list | tuple) and [*value] == [*own]
+        if not same:
+            raise CheckpointError(
+                f"{source.folder}: its image processor has {key}={value}, the image encoder here takes {own}"
+            )
+    rows = []
+    for key in ("size", "crop_size"):
+        sides = found.get(key) or image_size
+        sides = [*sides.values()] if isinstance(sides, dict) else [sides]
+        if sides != [image_size] * len(sides):
+            note = f"{key} is {found[key]} there; here it is {image_size}, as the weights' position table has it"
+            rows.append(Row("said", "image processor", 0, 0, note))
+    return rows
 
 
 def _no_contrast(state: dict[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

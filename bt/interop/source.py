@@ -36,7 +36,7 @@ class Source:
 
     settings: the folder's config.json, or the released code's configuration (Lightning's hyper-parameters); {} where
     there is none. training: other entries of a training checkpoint (optimizer, callbacks). record: what an export of bt
-    says of the model. folder: where a tokenizer may be.
+    says of the model. processor: what the folder says of its images. folder: where a tokenizer may be.
     """
 
     path: Path
@@ -44,6 +44,7 @@ class Source:
     settings: dict[str, Any] = field(default_factory=dict)
     training: list[str] = field(default_factory=list)
     record: dict[str, Any] = field(default_factory=dict)
+    processor: dict[str, Any] = field(default_factory=dict)
     folder: Path | None = None
 
 
@@ -92,33 +93,37 @@ def _folder(folder: Path) -> Source:
     tensors: dict[str, Tensor] = {}
     for path in paths:
         tensors |= read_tensors(path) if path.suffix == ".safetensors" else _state(read_pickle(path), path)[0]
-    return Source(paths[0], tensors, _json_in(folder, "config"), record=_record_in(folder), folder=folder)
+    return Source(paths[0], tensors, **_beside(folder))
 
 
 def _file(path: Path) -> Source:
     folder = path.parent
     if path.suffix == ".safetensors":
-        settings, record = _json_in(folder, "config"), _record_in(folder)
-        return Source(path, read_tensors(path), settings, record=record, folder=folder)
+        return Source(path, read_tensors(path), **_beside(folder))
     if path.suffix not in PICKLES:
         raise CheckpointError(f"{path}: its name must end in .safetensors, {', '.join(PICKLES)}")
     content = read_pickle(path)
     tensors, rest = _state(content, path)
-    settings, record = _settings(rest), read_record(rest.pop(RECORD, {}), path)
+    own = {"settings": _settings(rest), "record": read_record(rest.pop(RECORD, {}), path), "folder": folder}
     if path.suffix == ".bin":
-        settings, record = settings or _json_in(folder, "config"), record or _record_in(folder)
+        own = _beside(folder) | {name: value for name, value in own.items() if value}
     training = [name for name in rest if name not in ("hyper_parameters", "hparams_name", "pytorch-lightning_version")]
-    return Source(path, tensors, settings, training, record, folder)
+    return Source(path, tensors, training=training, **own)
 
 
-def _json_in(folder: Path, name: str) -> dict[str, Any]:
-    """NAME.json of a folder, {} where there is none."""
-    path = folder / f"{name}.json"
+def _beside(folder: Path) -> dict[str, Any]:
+    """What of a Source lies beside the weights."""
+    record, images = (folder / f"{name}.json" for name in (RECORD, "preprocessor_config"))
+    return {
+        "settings": _optional(folder / "config.json"),
+        "record": read_record(_optional(record), record),
+        "processor": _optional(images) or _optional(folder / "processor_config.json").get("image_processor") or {},
+        "folder": folder,
+    }
+
+
+def _optional(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
-
-
-def _record_in(folder: Path) -> dict[str, Any]:
-    return read_record(_json_in(folder, RECORD), folder / f"{RECORD}.json")
 
 
 def _state(content: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -9,6 +9,7 @@ from transformers import (
     BridgeTowerForContrastiveLearning,
     BridgeTowerForImageAndTextRetrieval,
     BridgeTowerForMaskedLM,
+    BridgeTowerImageProcessor,
     BridgeTowerModel,
 )
 
@@ -178,6 +179,37 @@ def test_what_transformers_has_and_the_model_here_has_not(options, said, tmp_pat
     (tmp_path / "config.json").write_text(json.dumps(settings | options))
     with pytest.raises(CheckpointError, match=said):
         import_source(open_source(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"image_mean": [0.5, 0.5, 0.5]}, r"image_mean=\[0.5, 0.5, 0.5\], the image encoder here takes \(0.48145466"),
+        ({"image_std": 0.5}, "image_std=0.5"),
+        ({"do_normalize": False}, "do_normalize=False, the image encoder here takes True"),
+    ],
+)
+@pytest.mark.parametrize("name", ["preprocessor_config", "processor_config"])
+def test_images_that_are_prepared_otherwise_are_refused(name, changes, said, tmp_path):
+    save_transformers(BridgeTowerModel, tmp_path)
+    images = BridgeTowerImageProcessor(size={"shortest_edge": 24}, crop_size={"shortest_edge": 24}).to_dict()
+    for given in (images, images | changes):
+        content = {"image_processor": given} if name == "processor_config" else given
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+        if given is images:
+            _, rows = import_source(open_source(tmp_path))
+            assert [row for row in rows if row.part == "image processor"] == []
+    with pytest.raises(CheckpointError, match=f"{tmp_path}: its image processor has {said}"):
+        load_model(tmp_path)
+
+
+def test_another_size_of_images_is_said(tmp_path):
+    save_transformers(BridgeTowerModel, tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": 32, "crop_size": {"height": 24}}))
+    made, rows = import_source(open_source(tmp_path))
+    assert made.nodes["encoder"]["vision"]["image_size"] == 24
+    [note] = [row.note for row in rows if row.part == "image processor"]
+    assert note == "size is 32 there; here it is 24, as the weights' position table has it"
 
 
 def test_nothing_is_dropped_unless_it_is_explained(tmp_path):
