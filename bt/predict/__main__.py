@@ -101,7 +101,8 @@ def many(model: Predictor, found: argparse.Namespace) -> None:
     task = found.task or guess_task(model, first and first.text)
     file = found.input / "index.json" if found.input.is_dir() else found.input
     about = [str(file.resolve()), file.stat().st_mtime_ns, file.stat().st_size]
-    options = [task, found.top, found.by, found.dtype, found.on_bad, str(found.images), found.split, field]
+    # Not --on-bad: lines that one of its values has written are those of the other.
+    options = [task, found.top, found.by, found.dtype, str(found.images), found.split, field]
     partial = Partial(found.out, [fingerprint(model.model), about, options])
     if partial.done:
         print(f"going on behind {partial.done:,} of {table.total:,} rows", flush=True)

@@ -149,6 +149,10 @@ def test_bad_rows_fail_clearly_or_are_written_down(smoke_runs, folder, predict, 
     status, _ = predict(*given, "--out", tmp_path / "fails.jsonl")
     assert status.startswith("error: row 2: ") and "broken.png cannot be decoded" in status and "\n" not in status
     assert [row["id"] for row in rows_of(tmp_path / "fails.jsonl.partial")] == [1]
+    # What the message says goes on with the lines so far.
+    status, out = predict(*given, "--on-bad", "skip", "--out", tmp_path / "fails.jsonl")
+    assert status == 0 and "going on behind 1 of 5 rows" in out
+    assert [row["id"] for row in rows_of(tmp_path / "fails.jsonl")] == [1, 2, 3, 4, 5]
     status, out = predict(*given, "--on-bad", "skip", "--out", tmp_path / "out.jsonl")
     found = rows_of(tmp_path / "out.jsonl")
     assert status == 0 and "5 rows, 3 of them errors" in out and [row["id"] for row in found] == [1, 2, 3, 4, 5]
