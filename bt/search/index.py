@@ -1,7 +1,8 @@
 """The index of a folder of pictures: uni-modal features to compare, and states to re-rank, computed once.
 
 DIR/index.json names the pictures; DIR/part-%05d.safetensors holds, for those of them that can be read, `rows` (their
-numbers), `features` (n, size) float32 and `states` (n, layers, tokens, width) in half precision.
+numbers), `features` (n, size) float32 and `states` (n, layers, tokens, width) in half precision. Its metadata say which
+files it was made of, with size and time of each, so that a part with another file is made anew.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from bt.inference.predictor import Predictor
 from bt.models.bridgetower import Encoded
 from bt.tasks.retrieval import fingerprint
 
-VERSION = 1
+VERSION = 2
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 PART = 256  # pictures in a file: what an interruption can cost
 
@@ -42,32 +43,38 @@ def find_pictures(folder: Path) -> list[str]:
 
 
 def build(model: Predictor, folder: Path, out: Path, *, states: bool = True, skip_bad: bool = True) -> dict[str, Any]:
-    """Writes the index of all pictures below `folder` to `out`, or goes on with the one that was begun there.
+    """Writes the index of all pictures below `folder` to `out`, or goes on with the one that is there: parts whose
+    pictures are other files by now are made anew.
 
     states: False keeps no states; a query then encodes its shortlist anew. skip_bad: pictures that cannot be read are
     counted; else DataError. Returns what index.json says.
     """
+    check_searchable(model)
     folder, names = folder.resolve(), find_pictures(folder)
-    about = {"version": VERSION, "weights": fingerprint(model.model), "folder": str(folder), "images": names}
-    about |= {"states": states and "match" in model.abilities and model.match_kinds[0] != "itc"}
+    about = {"version": VERSION, "weights": fingerprint(model.model), "folder": str(folder)}
+    about |= {"pixels": _pixels(model), "states": states and model.match_kinds[0] != "itc"}
     if (out / "index.json").exists():
         begun = _read(out)
         if {key: begun.get(key) for key in about} != about:
-            raise DataError(f"{out} holds the index of other pictures or of another model: remove it or give another")
-        if begun["complete"]:
-            return begun
+            raise DataError(
+                f"{out} holds the index of another folder, of another model or of images prepared otherwise: remove it "
+                "or give another"
+            )
     out.mkdir(parents=True, exist_ok=True)
+    about["images"] = names
     _write(out, {**about, "complete": False})
     progress = Countdown("indexing", len(names), "picture")
     bad: dict[str, str] = {}
     for number, start in enumerate(range(0, len(names), PART)):
         path, part = out / f"part-{number:05d}.safetensors", names[start : start + PART]
-        if not path.exists():
-            _write_part(model, folder, start, part, path, about["states"], skip_bad)
-        with safe_open(path, "pt") as file:
-            bad |= json.loads(file.metadata()["bad"])
+        files = [_file(folder / name, name) for name in part]
+        if _metadata(path).get("files") != json.dumps(files):
+            _write_part(model, folder, start, files, path, about["states"], skip_bad)
+        bad |= json.loads(_metadata(path)["bad"])
         progress.add(len(part))
     progress.close()
+    for path in sorted(out.glob("part-*.safetensors"))[-(-len(names) // PART) :]:
+        path.unlink()  # of pictures that are gone
     if len(bad) == len(names):
         raise DataError(f"none of the {len(names)} pictures in {folder} can be read: {next(iter(bad.values()))}")
     complete = {**about, "complete": True, "bad": bad}
@@ -75,11 +82,41 @@ def build(model: Predictor, folder: Path, out: Path, *, states: bool = True, ski
     return complete
 
 
+def check_searchable(model: Predictor) -> None:
+    if not model.match_kinds:
+        raise DataError(f"{model.source} has neither ITC nor ITM: nothing to search by")
+
+
+def _pixels(model: Predictor) -> list[Any]:
+    """How pictures are prepared, as JSON values."""
+    data, vision = model.loaded.config.data, model.tower.vision
+    sizes = [vision.image_size, vision.channels, *vision.mean, *vision.std]
+    return [data.eval_transform, data.resize, data.decode_draft, *sizes]
+
+
+def _file(path: Path, name: str) -> list[Any]:
+    """Tells versions of a file apart; [name] of one that cannot be read."""
+    try:
+        about = path.stat()
+    except OSError:
+        return [name]
+    return [name, about.st_size, about.st_mtime_ns]
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    """Of a part; {} where there is none that can be read."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except (OSError, SafetensorError):
+        return {}
+
+
 def _write_part(
-    model: Predictor, folder: Path, start: int, names: list[str], path: Path, states: bool, skip_bad: bool
+    model: Predictor, folder: Path, start: int, files: list[list], path: Path, states: bool, skip_bad: bool
 ) -> None:
     pixels, rows, bad = [], [], {}
-    for number, name in enumerate(names, start):
+    for number, (name, *_) in enumerate(files, start):
         try:
             pixels.append(model.preprocess(folder / name))
             rows.append(number)
@@ -95,7 +132,7 @@ def _write_part(
         if states:
             tensors["states"] = torch.stack(encoded.states, dim=1).to("cpu", torch.float16)
     temporary = path.with_name(f".{path.name}")
-    save_file(tensors, temporary, {"bad": json.dumps(bad)})
+    save_file(tensors, temporary, {"bad": json.dumps(bad), "files": json.dumps(files)})
     temporary.replace(path)
 
 
@@ -108,7 +145,9 @@ def _read(folder: Path) -> dict[str, Any]:
     try:
         about = json.loads(path.read_text())
         if about["version"] != VERSION:
-            raise DataError(f"{path} has version {about['version']}, this program reads {VERSION}: index again")
+            raise DataError(
+                f"{path} has version {about['version']}, this program reads {VERSION}: remove it and index again"
+            )
     except FileNotFoundError as error:
         raise DataError(f"{folder} is no index of pictures: it has no index.json") from error
     except (OSError, ValueError, KeyError, TypeError) as error:

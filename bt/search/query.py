@@ -14,7 +14,7 @@ from torch import Tensor
 from bt.errors import DataError
 from bt.inference.predictor import Predictor
 from bt.models.bridgetower import Encoded
-from bt.search.index import ImageIndex
+from bt.search.index import ImageIndex, check_searchable
 from bt.tasks.irtr import IRTR
 from bt.tasks.itm import ITM
 from bt.tasks.retrieval import fingerprint
@@ -37,9 +37,8 @@ class Searcher:
         if fingerprint(model.model) != index.weights:
             raise DataError(f"the index was not made with {model.source}: give that model, or index again")
         self.model, self.index = model, index
+        check_searchable(model)
         self.ranker = model.find(ITM) or model.find(IRTR)
-        if self.ranker is None and index.features is None:
-            raise DataError(f"{model.source} has neither ITC nor ITM: nothing to search by")
 
     def similarities(self, text: str) -> Tensor | None:
         """(pictures,) cosines, or None without ITC."""

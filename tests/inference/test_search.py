@@ -96,10 +96,51 @@ def test_an_index_that_was_interrupted_goes_on(smoke_runs, index, folder, pretra
         assert all(torch.equal(file.get_tensor(name), tensor) for name, tensor in kept.items())
     other = bt.load(smoke_runs / "runs/pretrain_base")
     next(other.model.parameters()).data.add_(1)
-    with pytest.raises(DataError, match="of other pictures or of another model"):
+    with pytest.raises(DataError, match="of another folder, of another model"):
         build(other, folder, out)
     with pytest.raises(DataError, match="was not made with"):
         Searcher(other, ImageIndex(out))
+
+
+def test_files_that_have_changed_are_indexed_anew(folder, pretrained, tmp_path, monkeypatch):
+    monkeypatch.setattr(indexing, "PART", 2)
+    files = sorted((folder / "below").iterdir())
+    names = ["a.jpg", "b.jpg", "c.jpg", "d.jpg", "e.jpg"]
+    pictures, out = tmp_path / "pictures", tmp_path / "index"
+    pictures.mkdir()
+    for name, file in zip(names, files, strict=True):
+        shutil.copy(file, pictures / name)
+
+    def times() -> list[int]:
+        return [part.stat().st_mtime_ns for part in sorted(out.glob("part-*"))]
+
+    def check() -> list[str]:
+        build(pretrained, pictures, out)
+        opened = ImageIndex(out)
+        torch.testing.assert_close(opened.features, pretrained.image_features(opened.paths))
+        assert len(opened.states([0, len(opened) - 1], torch.device("cpu")).cls) == 2
+        return [path.name for path in opened.paths]
+
+    assert check() == names
+    before = times()
+    assert check() == names and times() == before
+    shutil.copy(files[0], pictures / "c.jpg")
+    assert check() == names
+    assert [new == old for new, old in zip(times(), before, strict=True)] == [True, False, True]
+    shutil.copy(files[1], pictures / "bb.jpg")
+    assert check() == ["a.jpg", "b.jpg", "bb.jpg", "c.jpg", "d.jpg", "e.jpg"] and times()[0] == before[0]
+    for name in names[2:]:
+        (pictures / name).unlink()
+    assert check() == ["a.jpg", "b.jpg", "bb.jpg"] and len(times()) == 2
+    monkeypatch.setattr(pretrained.loaded.config.data, "resize", "fast")
+    with pytest.raises(DataError, match="of images prepared otherwise"):
+        build(pretrained, pictures, out)
+
+
+def test_a_model_that_cannot_be_asked_is_not_indexed(folder, vqa, tmp_path):
+    with pytest.raises(DataError, match="vqa_base.* has neither ITC nor ITM: nothing to search by"):
+        build(vqa, folder, tmp_path / "index")
+    assert not (tmp_path / "index").exists()
 
 
 def test_commands_write_sheets_that_run_nothing(smoke_runs, folder, index, tmp_path, capsys, monkeypatch):
@@ -129,7 +170,7 @@ def test_commands_write_sheets_that_run_nothing(smoke_runs, folder, index, tmp_p
         (["query", "x", "--run-dir", run, "--index", "none"], "none is no index of pictures"),
         (["query", " ", "--run-dir", run, "--index", "small"], "a text must not be empty"),
         (["index", "--images", "none", "--run-dir", run, "--out", "o"], "none is not a folder"),
-        (["index", "--images", "every", "--run-dir", run, "--out", "small"], "of other pictures or of another model"),
+        (["index", "--images", "every", "--run-dir", run, "--out", "small"], "of another folder, of another model"),
     ):
         with pytest.raises(SystemExit) as end:
             main(arguments)
