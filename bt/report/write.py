@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cycler import cycler
+from matplotlib import color_sequences
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -184,6 +186,7 @@ def draw_curves(comparison: Comparison, metric: str, settings: Sequence[str] | N
     """Learning curves: the mean over seeds, with the range between the least and the greatest."""
     made = Picture(8.0, 4.4)
     axes = made.subplots()
+    axes.set_prop_cycle(cycler(linestyle=["-", "--", ":"]) * cycler(color=color_sequences["tab10"]))
     for setting in comparison.settings:
         if settings is not None and setting.name not in settings:
             continue

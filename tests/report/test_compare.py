@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import statistics
+from dataclasses import replace
 
 import pytest
 from scipy.stats import ttest_1samp
@@ -135,6 +136,8 @@ def test_pictures_show_what_there_is(uri):
     assert sorted(axes.collections[1].get_offsets()[:, 0]) == sorted(SCORES["add"])
     (axes,) = draw_curves(found, LOSS, ["bridge=add"]).axes
     assert axes.lines[0].get_ydata().tolist() == [4.0, 3.0]
+    (axes,) = draw_curves(replace(found, settings=[found["bridge=add"]] * 12), LOSS).axes
+    assert len({(line.get_color(), line.get_linestyle()) for line in axes.lines}) == 12
     (axes,) = draw_cost(found, "parameters").axes
     assert {text.get_text() for text in axes.texts} == {"bridge=none", "bridge=add", "bridge=gate"}
 
