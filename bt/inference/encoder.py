@@ -91,8 +91,10 @@ class Encoder:
     def encode_texts(self, texts: Strings) -> Encoded:
         """Texts after the text encoder, on the device: states (texts, tokens, width) of each bridged layer, cls (texts,
         text width) and mask (texts, tokens)."""
-        tokens = self._tokens(check_texts(as_list(texts)))
-        parts = []
+        texts = check_texts(as_list(texts))
+        if not texts:
+            raise DataError("no texts were given")
+        tokens, parts = self._tokens(texts), []
         for ids, mask in zip(tokens.ids.split(self.batch), tokens.mask.split(self.batch), strict=True):
             parts.append(self._encode_tokens(Texts(ids, mask)))
         return _joined(parts, "texts")
@@ -127,8 +129,10 @@ def _device(device: str | torch.device) -> torch.device:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         found = torch.device(device)
-    except RuntimeError as error:
-        raise ConfigError(f"device={device} is no device: allowed are auto, cpu, cuda, cuda:N") from error
+    except RuntimeError:
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device={device} is no device to use: allowed are auto, cpu, cuda, cuda:N")
     if found.type == "cuda" and (not torch.cuda.is_available() or (found.index or 0) >= torch.cuda.device_count()):
         raise ConfigError(f"device={device}: {torch.cuda.device_count()} GPUs are visible here")
     return found

@@ -203,6 +203,7 @@ class Predictor(Encoder):
     def fill_mask(self, pictures, texts, top=5):
         """For each [MASK] of each text, in their order, the `top` likeliest tokens given the picture, best first."""
         head = self._head(MLM, "masked words")
+        _check_top(top)
         written = [self.with_masks(text) for text in check_texts(as_list(texts))]
         found = []
         for images, rows, tokens in self._tokens_of_pairs(pictures, written):
@@ -287,9 +288,13 @@ def _rows(found: list[Tensor]) -> Tensor:
     return torch.cat(found) if found else torch.empty(0, 0)
 
 
-def _choices(scores: Tensor, names: list[str], top: int) -> list[list[Choice]]:
+def _check_top(top: int) -> None:
     if top < 1:
         raise DataError(f"top={top} is out of range: must be at least 1")
+
+
+def _choices(scores: Tensor, names: list[str], top: int) -> list[list[Choice]]:
+    _check_top(top)
     if not len(scores):
         return []
     chances, places = scores.topk(min(top, len(names)))

@@ -205,8 +205,13 @@ def test_what_does_not_go_is_one_clear_line(smoke_runs, vqa, pretrained, picture
         (lambda: vqa.answer(3, "a"), DataError, "a picture is a path, bytes, a PIL image or pixels, not int"),
         (lambda: vqa.answer(torch.zeros(3, 2, 2), "a"), DataError, "pixels are uint8 (3, 32, 32)"),
         (lambda: pretrained.fill_mask(pictures[0], "no mask"), DataError, "no [MASK] in the first"),
+        (lambda: pretrained.fill_mask(pictures[0], "a [MASK]", top=0), DataError, "top=0 is out of range"),
+        (lambda: pretrained.encode_texts([]), DataError, "no texts were given"),
+        (lambda: pretrained.encode_images([]), DataError, "no pictures were given"),
         (lambda: bt.load(tmp_path / "nowhere"), CheckpointError, "does not exist"),
         (lambda: bt.load(smoke_runs / "runs/vqa_base", device="tpu9"), ConfigError, "allowed are auto, cpu, cuda"),
+        (lambda: bt.load(smoke_runs / "runs/vqa_base", device="meta"), ConfigError, "device=meta is no device to use"),
+        (lambda: bt.load(smoke_runs / "runs/vqa_base", device="mps"), ConfigError, "allowed are auto, cpu, cuda"),
         (lambda: bt.load(smoke_runs / "runs/vqa_base", dtype="int8"), ConfigError, "not one of: fp32, bf16, fp16"),
     ):
         with pytest.raises(kind) as error:
