@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -27,6 +29,16 @@ HEADS = ("mlm", "itm", "itc", "vqa", "nlvr2", "snli_ve", "irtr")
 
 def export_released(bundle: Bundle, out: Path) -> list[Row]:
     """A .ckpt in the form of BridgeTower's, METER's or ManagerTower's released code, whichever has this bridge."""
+    if out.suffix != ".ckpt":
+        raise CheckpointError(f"{out}: the released code's format is a file, its name must end in .ckpt")
+    with _new_file(out) as file:
+        content, rows = _released(bundle)
+        _save(content, file)
+    return rows
+
+
+def _released(bundle: Bundle) -> tuple[dict[str, Any], list[Row]]:
+    """What the file holds, and the report."""
     sizes = measure(bundle)
     family = FAMILY_OF_BRIDGE.get(sizes.bridge)
     sizes.need(family is not None, f"the bridge {sizes.bridge.rpartition('.')[2]}: the released codes have no such")
@@ -55,8 +67,7 @@ def export_released(bundle: Bundle, out: Path) -> list[Row]:
         "hyper_parameters": {"config": settings or released_settings(bundle, sizes, str(family))},
         RECORD: record_of(bundle, sizes),
     }
-    _save(content, out)
-    return rows_of(bundle, kept, sizes, {})
+    return content, rows_of(bundle, kept, sizes, {})
 
 
 def _check_released(sizes: Sizes, bundle: Bundle, family: str) -> None:
@@ -146,15 +157,29 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
-def _save(content: dict[str, Any], out: Path) -> None:
+def _save(content: dict[str, Any], file: BinaryIO) -> None:
+    try:
+        torch.save(content, file)
+    except RuntimeError as error:
+        # Of a full disk torch says where in its own code it failed; the file's error is behind that.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
+
+
+@contextlib.contextmanager
+def _new_file(out: Path) -> Iterator[BinaryIO]:
+    """A file that becomes `out` when all is written. Raises CheckpointError where `out` exists or cannot be made."""
     if out.exists():
         raise CheckpointError(f"{out} exists already: give another --out")
     temporary = out.with_name(f".{out.name}-{os.getpid()}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(content, temporary)
+        with temporary.open("wb") as file:
+            yield file
         temporary.replace(out)
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{out} cannot be written: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"{out} cannot be written: {error.strerror or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)

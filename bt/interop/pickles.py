@@ -64,6 +64,7 @@ def placeholder(name: str) -> type:
 
 def read_pickle(path: Path) -> Any:
     """What a .ckpt, .pt, .pth or .bin holds, tensors on the CPU, as views of the file where that is possible."""
+    _check_kind(path)
     if is_torchscript(path):
         return read_torchscript(path)
     try:
@@ -77,6 +78,17 @@ def read_pickle(path: Path) -> Any:
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path} cannot be read: {reason}") from error
+
+
+def _check_kind(path: Path) -> None:
+    """Of other files torch says what no user can read: a number, or that the file may not be trusted."""
+    try:
+        with path.open("rb") as file:
+            first = file.read(1)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    if first != pickle.PROTO and not zipfile.is_zipfile(path):
+        raise CheckpointError(f"{path} is no checkpoint: neither a zip archive nor a pickle, as torch writes them")
 
 
 def refusal(path: Path, error: Exception) -> str:

@@ -1,6 +1,8 @@
 """Models trained here in other programs' formats: equal outputs there, and what a format cannot hold is said."""
 
 import json
+import resource
+from pathlib import Path
 
 import pytest
 import torch
@@ -150,6 +152,23 @@ def test_what_a_format_cannot_hold_is_refused_with_the_reason(case, tmp_path):
         made.leave_out(made.objectives())
         export_transformers(made, tmp_path / "out")
         assert len(open_source(tmp_path / "out").tensors["bridgetower.token_type_embeddings.weight"]) == 2
+
+
+def test_a_released_file_that_cannot_be_written_is_one_line(tmp_path):
+    with pytest.raises(CheckpointError, match=f"{tmp_path}/out: the released code's format is a file, .* in .ckpt"):
+        export_released(bundle(), tmp_path / "out")
+    (tmp_path / "file").touch()
+    for place, said in ((tmp_path / "file/a.ckpt", "Not a directory|File exists"), (Path("/proc/a.ckpt"), "No such")):
+        with pytest.raises(CheckpointError, match=f"^{place} cannot be written: ({said})"):
+            export_released(bundle(), place)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))  # as a full disk
+    try:
+        with pytest.raises(CheckpointError, match="a.ckpt cannot be written: File too large"):
+            export_released(bundle(), tmp_path / "a.ckpt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize("form", ["torch_export", "onnx"])

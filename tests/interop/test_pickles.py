@@ -72,9 +72,17 @@ def test_what_the_reader_refuses_is_explained(tmp_path):
     torch.save({"state_dict": {"a": torch.ones(1)}, "rest": Unknown(a=1)}, tmp_path / "a.ckpt")
     with pytest.raises(CheckpointError, match=r"a.ckpt is refused: .*Can only SETITEMS? for dict.* If you trust it"):
         read_pickle(tmp_path / "a.ckpt")
-    (tmp_path / "b.ckpt").write_bytes(b"nothing of the kind")
-    with pytest.raises(CheckpointError, match="b.ckpt"):
-        read_pickle(tmp_path / "b.ckpt")
+    for content in (b"nothing of the kind", b"junk\n" * 100, b"cos\nsystem\n(S'true'\ntR.", b""):
+        (tmp_path / "b.ckpt").write_bytes(content)
+        with pytest.raises(CheckpointError, match="b.ckpt is no checkpoint: neither a zip archive nor a pickle"):
+            read_pickle(tmp_path / "b.ckpt")
+    with pytest.raises(CheckpointError, match="none.ckpt cannot be read: No such file or directory"):
+        read_pickle(tmp_path / "none.ckpt")
+
+
+def test_torchs_older_format_is_read(tmp_path):
+    torch.save({"a": torch.arange(4.0)}, tmp_path / "a.pt", _use_new_zipfile_serialization=False)
+    assert torch.equal(read_pickle(tmp_path / "a.pt")["a"], torch.arange(4.0))
 
 
 class Small(nn.Module):
