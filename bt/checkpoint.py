@@ -80,6 +80,8 @@ def _import(arguments: argparse.Namespace) -> None:
     source = open_source(arguments.source)
     family = family_of(source.tensors)
     out = arguments.out
+    if family in ("clip", "text"):
+        _refuse_unused(arguments, family)
     if family == "clip":
         rows, use = import_clip(source, out, changes)
     elif family == "text":
@@ -104,9 +106,22 @@ def _import(arguments: argparse.Namespace) -> None:
         print(f"to evaluate it: python -m bt.evaluate run_dir={out} data=...")
 
 
+def _refuse_unused(arguments: argparse.Namespace, family: str) -> None:
+    """Of the options, those that an encoder alone has no use for."""
+    encoder = {"clip": "CLIP, of which the image encoder is read", "text": "a text encoder"}[family]
+    for_models = {"--labels": arguments.labels, "--leave-out": arguments.leave_out, "--drop": arguments.drop}
+    for option, given in for_models.items():
+        if given:
+            raise ConfigError(f"{option} is for whole models: {arguments.source} is {encoder}")
+    if family == "clip" and arguments.tokenizer:
+        raise ConfigError(f"--tokenizer is for what reads texts: {arguments.source} is {encoder}")
+
+
 def _export(arguments: argparse.Namespace) -> None:
     from bt.interop.load import open_bundle
 
+    if arguments.check and arguments.format != "hf":
+        raise ConfigError(f"--check is for --format hf, which transformers loads, not for {arguments.format}")
     bundle = open_bundle(arguments.source, tokenizer=arguments.tokenizer, leave_out=arguments.leave_out)
     print(bundle.source)
     if arguments.format in ("onnx", "torch_export"):

@@ -79,6 +79,8 @@ def test_exports_of_a_run(trained, imported, capsys, tmp_path):
     printed = capsys.readouterr().out
     assert "cross.norm_eps" in printed and "1e-12 here, 1e-05 there" in printed
     assert printed.count("largest difference") == 3
+    with pytest.raises(SystemExit, match="^error: --check is for --format hf, .* not for official"):
+        main(["export", str(trained), "--format", "official", "--out", str(tmp_path / "a.ckpt"), "--check"])
     with pytest.raises(SystemExit, match="hf exists already: give another --out"):
         main(["export", str(trained), "--format", "hf", "--leave-out", "vqa", "--out", str(tmp_path / "hf")])
 

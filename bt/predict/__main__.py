@@ -68,12 +68,22 @@ def add_model(parser: argparse.ArgumentParser, batch: int = 32) -> None:
     parser.add_argument("--batch", type=int, default=batch, help=f"inputs in a forward pass (default: {batch})")
 
 
+def task_of(model: Predictor, found: argparse.Namespace, text: str | None) -> str:
+    """What is asked, with an error for an option that it has no use for."""
+    from bt.predict.questions import guess_task
+
+    task = found.task or guess_task(model, text)
+    if found.by and task != "match":
+        raise ConfigError(f"--by is for --task match, and this is {task}")
+    return task
+
+
 def one(model: Predictor, found: argparse.Namespace) -> None:
     from bt.engine.progress import table
-    from bt.predict.questions import ask, guess_task
+    from bt.predict.questions import ask
     from bt.predict.rows import Row
 
-    task = found.task or guess_task(model, found.text)
+    task = task_of(model, found, found.text)
     if len(found.image) == 2 and task != "compare":
         raise ConfigError(f"--image has two pictures, which --task {task} does not take")
     row = Row(found.image[0], found.text, *found.image[1:])
@@ -91,14 +101,14 @@ def many(model: Predictor, found: argparse.Namespace) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
     from bt.predict.batch import Partial, predict_all
-    from bt.predict.questions import ask, guess_task
+    from bt.predict.questions import ask
     from bt.predict.rows import read_table
     from bt.tasks.retrieval import fingerprint
 
     field = found.texts or model.loaded.config.task.texts
     table = read_table(found.input, found.images, found.split, field)
     first = next(table.rows(), None)
-    task = found.task or guess_task(model, first and first.text)
+    task = task_of(model, found, first and first.text)
     file = found.input / "index.json" if found.input.is_dir() else found.input
     about = [str(file.resolve()), file.stat().st_mtime_ns, file.stat().st_size]
     # Not --on-bad: lines that one of its values has written are those of the other.

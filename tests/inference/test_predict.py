@@ -182,6 +182,8 @@ def test_damaged_shards_are_written_down(smoke_runs, predict, tmp_path):
     [
         (["--image", "a.png", "b.png", "--text", "x"], "two pictures, which --task answer does not take"),
         (["--image", "{image}", "--text", "x", "--task", "match"], "has no head for matching"),
+        (["--image", "{image}", "--text", "x", "--by", "itm"], "--by is for --task match, and this is answer"),
+        (["--image", "{image}", "--text", "x", "--device", "meta"], "device=meta is no device to use: allowed are"),
         (["--input", "nowhere.csv", "--out", "o.jsonl"], "nowhere.csv does not exist"),
         (["--input", "in.txt", "--out", "o.jsonl"], "neither a file NAME.csv or NAME.jsonl nor a folder"),
         (["--input", "no_image.csv", "--out", "o.jsonl"], "no_image.csv:2: there must be columns image and one of"),

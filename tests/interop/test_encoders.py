@@ -67,6 +67,22 @@ def test_an_image_tower(name, tmp_path, capsys):
     torch.testing.assert_close(features, model.encode_image(images, normalize=True), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "option, value, said",
+    [
+        ("--labels", "labels.json", "--labels is for whole models: .*clip.pt is CLIP"),
+        ("--leave-out", "vqa", "--leave-out is for whole models: .*clip.pt is CLIP"),
+        ("--drop", "ln_*", "--drop is for whole models: .*clip.pt is CLIP"),
+        ("--tokenizer", "t.json", "--tokenizer is for what reads texts: .*clip.pt is CLIP, of which the image"),
+    ],
+)
+def test_options_that_an_encoder_has_no_use_for_are_refused(option, value, said, tmp_path):
+    torch.save(clip().state_dict(), tmp_path / "clip.pt")
+    with pytest.raises(SystemExit, match=f"^error: {said}"):
+        main(["import", str(tmp_path / "clip.pt"), "--out", str(tmp_path / "out"), option, value])
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_torchscript_archive_that_is_no_vit_is_refused(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -95,6 +111,8 @@ def test_a_text_encoder(tmp_path, capsys):
     given = ["--out", str(tmp_path / "out"), "--tokenizer", str(tmp_path / "tokenizer.json")]
     main(["import", str(tmp_path / "roberta"), *given])
     assert "head of the pre-training" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="--leave-out is for whole models: .*roberta is a text encoder"):
+        main(["import", str(tmp_path / "roberta"), "--out", str(tmp_path / "more"), "--leave-out", "mlm"])
     node = OmegaConf.to_container(option(tmp_path / "out", "encoder/text"))
     assert node["tokenizer"] == {"kind": "pretrained", "name": str(tmp_path / "out/text")}
     encoder = HFText(node["name"], vocab_size=30, pad_id=1).eval()
