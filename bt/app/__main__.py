@@ -9,6 +9,8 @@ opens it to others, who can then all ask: there are no accounts.
 from __future__ import annotations
 
 import argparse
+import ipaddress
+import socket
 import sys
 
 from bt.config.entry import one_line
@@ -36,8 +38,6 @@ def main(given: list[str] | None = None) -> None:
 
 
 def serve(arguments: argparse.Namespace) -> None:
-    import socket
-
     import bt
 
     try:
@@ -47,16 +47,32 @@ def serve(arguments: argparse.Namespace) -> None:
     except ImportError as error:
         raise UserError(f"{error.name} is not installed: pip install 'bt[app]'") from error
     models = [bt.load(path, arguments.device, arguments.dtype) for path in arguments.run_dir]
-    own_names = ["localhost", LOOPBACK] if arguments.host == LOOPBACK else ["*"]
-    app = make_app(models, max_bytes=int(arguments.max_mb * 1e6), hosts=own_names)
-    listener = socket.socket()
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((arguments.host, arguments.port))
-    except OSError as error:
-        raise UserError(f"{arguments.host}:{arguments.port} cannot be listened on: {error.strerror}") from error
-    print(f"open http://{arguments.host}:{listener.getsockname()[1]} in a browser; Ctrl-C ends it", flush=True)
+    listener = listen(arguments.host, arguments.port)
+    app = make_app(models, max_bytes=int(arguments.max_mb * 1e6), hosts=own_names(arguments.host, listener))
+    shown = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
+    print(f"open http://{shown}:{listener.getsockname()[1]} in a browser; Ctrl-C ends it", flush=True)
     uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket bound to the first address of `host`, of IPv4 where it has both."""
+    try:
+        places = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, _, _, _, address = min(places, key=lambda place: place[0] != socket.AF_INET)
+        listener = socket.socket(family)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise UserError(f"{host}:{port} cannot be listened on: {error.strerror}") from error
+    return listener
+
+
+def own_names(host: str, listener: socket.socket) -> list[str]:
+    """The names that requests may call this server by: any where it is not for this machine alone."""
+    address = listener.getsockname()[0]
+    if not ipaddress.ip_address(address.partition("%")[0]).is_loopback:
+        return ["*"]
+    return [f"[{name}]" if ":" in name else name for name in dict.fromkeys(("localhost", LOOPBACK, host, address))]
 
 
 if __name__ == "__main__":

@@ -22,9 +22,10 @@ from PIL import Image
 from selenium.common.exceptions import StaleElementReferenceException
 
 from bt.app import server
-from bt.app.__main__ import LOOPBACK, main
+from bt.app.__main__ import LOOPBACK, listen, main, own_names
 from bt.app.server import make_app
 from bt.data.shards import ShardSet
+from bt.errors import UserError
 
 BINARY = {"Content-Type": "application/octet-stream"}
 LIMIT = 300_000
@@ -172,6 +173,32 @@ def test_the_command_stays_on_the_loopback_and_says_what_is_wrong(smoke_runs, mo
     monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: bound.extend(s.getsockname() for s in sockets))
     main(["--run-dir", run, "--port", "0"])
     assert [place[0] for place in bound] == [LOOPBACK]
+    with pytest.raises(SystemExit, match="error: no-such-host.invalid:7860 cannot be listened on: "):
+        main(["--run-dir", run, "--host", "no-such-host.invalid"])
+
+
+def test_other_names_of_this_machine_are_as_guarded(smoke_runs, monkeypatch):
+    """By --host localhost, another site's name that points here gets nothing either."""
+    apps = []
+    with monkeypatch.context() as patch:
+        patch.setattr(uvicorn.Server, "run", lambda self, sockets: apps.append(self.config.app))
+        main(["--run-dir", str(smoke_runs / "runs/vqa_base"), "--port", "0", "--host", "localhost"])
+    with serving(apps[0]) as port:
+        for host, status in ((f"localhost:{port}", 200), (f"{LOOPBACK}:{port}", 200), ("evil.example", 400)):
+            connection = http.client.HTTPConnection(LOOPBACK, port, timeout=60)
+            connection.request("GET", "/models", headers={"Host": host})
+            assert connection.getresponse().status == status, host
+            connection.close()
+    found = {}
+    for host in ("localhost", "127.0.0.2", "0.0.0.0", "::1"):
+        with contextlib.suppress(UserError), listen(host, 0) as listener:  # not every machine has IPv6
+            found[host] = own_names(host, listener)
+    assert found.pop("::1", ["localhost", LOOPBACK, "[::1]"]) == ["localhost", LOOPBACK, "[::1]"]
+    assert found == {
+        "localhost": ["localhost", LOOPBACK],
+        "127.0.0.2": ["localhost", LOOPBACK, "127.0.0.2"],
+        "0.0.0.0": ["*"],
+    }
 
 
 # In a browser
