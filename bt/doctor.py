@@ -34,6 +34,7 @@ PROGRAMS = {
     "sbatch": "hydra/launcher=slurm (SLURM's clients)",
     "npm": "python -m bt.samples icons",
     "chromium": "the browser test of make app",
+    "chromedriver": "the browser test of make app (Debian's chromium-driver)",
     "psql": "make mlflow-server (Debian's postgresql)",
 }
 SHARED_MEMORY = 1 << 30  # bytes that loader workers like to have
@@ -179,17 +180,26 @@ def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bt.doctor", description=__doc__.partition("\n")[0])
     parser.add_argument("--json", action="store_true", help="for programs")
     arguments = parser.parse_args(given)
+    try:
+        broken = [check.name for check in _shown(arguments.json) if check.state == "broken"]
+    except BrokenPipeError:  # the reader, as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return
+    if broken:
+        sys.exit(f"broken: {', '.join(broken)}")
+
+
+def _shown(as_json: bool) -> list[Check]:
+    """All checks, printed."""
     found = []
     for check in checks():
         found.append(check)
-        if not arguments.json:
+        if not as_json:
             needed = f"  [{check.matters}]" if check.matters and check.state != "ok" else ""
             print(f"{check.state:8s}{check.name:20s}{check.found}{needed}", flush=True)
-    if arguments.json:
-        print(json.dumps([vars(check) for check in found], indent=1))
-    broken = [check.name for check in found if check.state == "broken"]
-    if broken:
-        sys.exit(f"broken: {', '.join(broken)}")
+    if as_json:
+        print(json.dumps([vars(check) for check in found], indent=1), flush=True)
+    return found
 
 
 if __name__ == "__main__":

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -26,8 +29,19 @@ def test_this_machine_can_run(capsys, tmp_path, monkeypatch):
     assert found["working directory"]["found"].startswith(str(tmp_path))
     assert found["conf"]["state"] == found["extra dev"]["state"] == "ok"
     assert "mlflow.db, made by the first run" in found["mlflow store"]["found"]
-    assert {"python", "shared memory", "git", "sbatch", "npm", "chromium"} <= set(found)
+    assert {"python", "shared memory", "git", "sbatch", "npm", "chromium", "chromedriver"} <= set(found)
     assert not list(tmp_path.iterdir())  # it leaves nothing behind
+
+
+@pytest.mark.parametrize("given", [[], ["--json"]])
+def test_a_reader_that_has_seen_enough_ends_it_quietly(given):
+    """As `python -m bt.doctor | head -1` does; the pipe is closed before anything is written."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    code = f"from bt import doctor; doctor.checks = lambda: [doctor.Check('x', 'ok', 'y')]; doctor.main({given})"
+    done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_it_says_what_every_extra_is_for():
