@@ -10,7 +10,7 @@ import os
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -394,8 +394,11 @@ def set_numerics(cfg: Config) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False
 
 
-def train(cfg: Config) -> float | None:
-    """Runs the experiment, or says that it is finished; returns the objective metric of its best checkpoint."""
+def train(cfg: Config, before_exit: Callable[[str], None] = lambda reason: None) -> float | None:
+    """Runs the experiment, or says that it is finished; returns the objective metric of its best checkpoint.
+
+    before_exit: see bt.engine.watch; the last to be called.
+    """
     with distributed.joined(cfg.trainer.device, cfg.trainer.timeout_minutes) as world:
         run_dir = resolve_run_dir(cfg)
         finished = run_dir / "report.json"
@@ -406,6 +409,7 @@ def train(cfg: Config) -> float | None:
             if world.main:
                 log.info(f"already finished: {finished}")
             return metrics.get(cfg.task.metric)
+        watch.before_exit(before_exit)
         return run_to_its_end(cfg, world, run_dir)
 
 

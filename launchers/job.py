@@ -6,6 +6,7 @@ Imports nothing slow at the top: a job that is pre-empted while it still starts 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -85,6 +86,19 @@ class Preemption:
         print(f"requeueing job {job}: {reason}; {_command('scontrol', 'requeue', job) or 'done'}", flush=True)
 
 
+def wait_for_slurm(reason: str) -> None:
+    """Where a rank of another node went without a word, its node may be down, and SLURM know it only minutes later; it
+    puts the job back then, if the job still runs. Where the rank alone died, SLURM ends the job while this waits."""
+    from bt.engine.watch import LOST
+
+    if not reason.startswith(LOST) or int(os.environ.get("SLURM_NNODES", 1)) < 2:
+        return
+    found = re.search(r"^SlurmdTimeout\s*=\s*(\d+)", _command("scontrol", "show", "config"), re.MULTILINE)
+    seconds = 60 + (int(found[1]) if found else 300)
+    print(f"{reason}; waiting {seconds} s for SLURM to find the node down and requeue the job", flush=True)
+    time.sleep(seconds)
+
+
 def _command(*words: str) -> str:
     """Standard output and error of a command of SLURM."""
     try:
@@ -110,7 +124,7 @@ def run(run_dir: Path, preemption: Preemption) -> None:
     except Exception as error:
         _fail(run_dir, error)
     try:
-        train(cfg)
+        train(cfg, wait_for_slurm)
     except Stopped as error:
         preemption.requeue(one_line(error))
         if preemption.main:
@@ -134,6 +148,7 @@ def _fail(run_dir: Path, error: Exception) -> None:
         from bt.engine.tracking import close
 
         close(run_dir, "FAILED")
+    wait_for_slurm(reason)
     sys.exit(1)
 
 

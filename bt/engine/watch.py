@@ -28,6 +28,7 @@ SILENT = 30.0  # seconds without a word after which a rank counts as dead
 LOOK = 6.0  # seconds that a rank whose collective failed looks for the reason
 GRACE = 15.0  # seconds for the main thread to end by itself, once the job has to end: MLflow is told, files are written
 END = "end"
+LOST = "lost"  # how the reason begins where a rank went without a word
 
 
 class RankError(UserError):
@@ -144,7 +145,7 @@ class Watch:
             if reason and not self.stopping.wait(GRACE):
                 if os.environ.get("LOCAL_RANK", "0") == "0":
                     print(f"error: {reason}", file=sys.stderr, flush=True)
-                for tell in self.before_exit:
+                for tell in reversed(self.before_exit):
                     with contextlib.suppress(Exception):
                         tell(reason)
                 os._exit(1)
@@ -216,7 +217,7 @@ class Watch:
         step = "" if self.state.step is None else f" at step {self.state.step}"
         shown = "; ".join(str(state) for state in states[:4])
         more = f" and {len(states) - 4} more" if len(states) > 4 else ""
-        return f"lost{step}: {shown} when last heard of{more} (killed, out of memory, or its machine is down)"
+        return f"{LOST}{step}: {shown} when last heard of{more} (killed, out of memory, or its machine is down)"
 
     def _try_to_end(self, reason: str) -> None:
         # Where the store's host is gone, the others notice that themselves.
@@ -255,7 +256,8 @@ def mark(step: int | None, doing: str) -> None:
 
 
 def before_exit(tell: Callable[[str], None]) -> None:
-    """Calls tell(reason), from the watch's thread, where it has to end this process because the main thread hangs."""
+    """Calls tell(reason), from the watch's thread, where it has to end this process because the main thread hangs; the
+    last one that was given first."""
     if _watch is not None:
         _watch.before_exit.append(tell)
 

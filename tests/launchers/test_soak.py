@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -42,6 +43,36 @@ def test_five_preemptions(cluster, tmp_path, few_dir, monkeypatch, nodes):
     until(lambda: states.of(sweep)[member.key].word == "finished", "the run has finished")
     assert json.loads((member.run_dir / "heartbeat.json").read_text())["attempt"] == 5
     ranks = ["--standalone", f"--nproc-per-node={nodes}"]
+    whole = run("torch.distributed.run", *ranks, "-m", "bt.train", *settings, "run_dir=whole", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    check_same(member.run_dir, tmp_path / "whole")
+
+
+@pytest.mark.timeout(1500)
+def test_the_second_node_of_a_job_fails(cluster, tmp_path, few_dir, monkeypatch):
+    """As in a power cut: the rank that is left waits until SLURM knows, and the job goes on with two nodes again."""
+    monkeypatch.chdir(tmp_path)
+    gate = tmp_path / "gate"
+    settings = [*steps(100, every=10), *slow(0.5, gate), f"data.dir={few_dir}", "tracking=none"]
+    words = ["hydra/launcher=slurm", "hydra.launcher.nodes=2"]
+    done = run("launchers", "submit", "--name", "cut", *settings, *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    sweep = find("cut")
+    (member,) = sweep.members.values()
+    (job,) = sweep.jobs()[member.key]
+    until(lambda: len(logged_steps(member.run_dir)) > 12, "it has saved")
+    cluster.script("stop-node", "n2")
+    try:
+        until(lambda: states.of(sweep)[member.key].word == "requeued", "SLURM has put the job back")
+        (output,) = (path.read_text() for path in Path(sweep.dir, ".submitit", job).glob("*_0_log.out"))
+        assert "lost at step " in output and ": rank 1 on " in output and "; waiting 80 s for SLURM" in output
+    finally:
+        time.sleep(60)  # see slurm_local.sh
+        cluster.script("start-node", "n2")
+    gate.touch()
+    until(lambda: states.of(sweep)[member.key].word == "finished", "the run has finished")
+    assert json.loads((member.run_dir / "heartbeat.json").read_text())["attempt"] == 1
+    ranks = ["--standalone", "--nproc-per-node=2"]
     whole = run("torch.distributed.run", *ranks, "-m", "bt.train", *settings, "run_dir=whole", cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr
     check_same(member.run_dir, tmp_path / "whole")
