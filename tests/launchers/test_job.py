@@ -1,5 +1,7 @@
 """What a rank does in its job, without a SLURM."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from launchers import job
@@ -20,7 +22,7 @@ def test_slurm_is_waited_for_where_a_node_may_be_down(tmp_path, monkeypatch, cap
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     monkeypatch.setenv("SLURM_NNODES", nodes)
     slept = []
-    monkeypatch.setattr(job.time, "sleep", slept.append)
+    monkeypatch.setattr(job, "time", SimpleNamespace(sleep=slept.append))
     job.wait_for_slurm(reason)
     assert slept == waited
     assert capsys.readouterr().out.startswith(reason) == bool(waited)
