@@ -26,8 +26,8 @@ from bt.engine.evaluate import evaluate
 from bt.engine.initial import load_weights, weights_file
 from bt.engine.progress import table
 from bt.errors import CheckpointError, ConfigError, DataError
-from bt.run import set_numerics, write_predictions
 from bt.tasks.base import Measuring
+from bt.training import set_numerics, write_predictions
 
 log = logging.getLogger("bt")
 

@@ -152,8 +152,8 @@ def test_going_on_after_sigkill_is_exact(tmp_path, few_dir):
 
 KILLED_BEFORE_ITS_REPORT = """
 import os, signal
-import bt.run
-bt.run.Training.final_metrics = lambda self: os.kill(os.getpid(), signal.SIGKILL)
+import bt.training
+bt.training.Training.final_metrics = lambda self: os.kill(os.getpid(), signal.SIGKILL)
 from bt.train import main
 main()
 """
