@@ -13,6 +13,7 @@ from bt.engine.parallel import layers
 from bt.errors import ConfigError
 
 CPU_COMPILERS = ("g++", "clang++", "c++")
+VARIANTS = 64
 
 
 def compile_layers(model: nn.Module, device: torch.device, backend: str | Callable = "inductor") -> None:
@@ -26,5 +27,8 @@ def compile_layers(model: nn.Module, device: torch.device, backend: str | Callab
         names = [os.environ["CXX"]] if os.environ.get("CXX") else CPU_COMPILERS
         if not any(shutil.which(name) for name in names):
             raise ConfigError(f"trainer.compile=true needs a C++ compiler on a CPU ({', '.join(names)}); none is there")
+    # Code is compiled for each way in which a layer is called: first, in the middle or last, by what is read of it, in
+    # training and in evaluation. Behind its own limit of 8 dynamo would go on without compiling.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
     for layer in layers(model):
         layer.compile(backend=backend)

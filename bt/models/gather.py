@@ -57,7 +57,8 @@ class Reading:
             return states[:, :1]
         if self.positions is None:
             return states
-        return states.take_along_dim(self.positions[:, :, None], dim=1)
+        # Not take_along_dim: torch.compile would make a program for each number of tokens of it.
+        return states.gather(1, self.positions[:, :, None].expand(-1, -1, states.shape[-1]))
 
     def pack(self, states: Tensor) -> Tensor:
         """(P, R, D) -> (M, D) without the padding of a mask; anything else is left as it is."""
