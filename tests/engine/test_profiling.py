@@ -43,7 +43,7 @@ def test_a_run_that_ends_sooner(tmp_path):
 
 def test_compiled_layers_equal_and_do_not_compile_again_for_new_lengths(monkeypatch):
     """Texts of five lengths and batches of different numbers of masked tokens: nothing new is compiled after the third
-    length, and losses are those without compilation. dynamo must not have given up, which would count as nothing new."""
+    length, and losses are those without compilation. dynamo may not give up, which would count as nothing new."""
     torch._dynamo.reset()
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
