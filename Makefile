@@ -50,7 +50,7 @@ app: $(VENV)/.installed  ## Ask a trained model about pictures in the browser: m
 doctor: $(VENV)/.installed  ## Say what this machine has for bt, and what is missing for what
 	$(RUN) -m bt.doctor
 
-bench: $(VENV)/.installed  ## Compare speed with transformers' BridgeTower on the same work, base size (about 27 minutes)
+bench: $(VENV)/.installed  ## Compare speed with transformers' BridgeTower on the same work, base size (about half an hour)
 	$(RUN) -m bt.bench --out bench.json
 
 ablation: $(VENV)/.installed  ## Compare bridges and cross-modal layers on easy-VQA, three seeds each (says first how long it takes; resumable)
