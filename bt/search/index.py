@@ -68,9 +68,10 @@ def build(model: Predictor, folder: Path, out: Path, *, states: bool = True, ski
     for number, start in enumerate(range(0, len(names), PART)):
         path, part = out / f"part-{number:05d}.safetensors", names[start : start + PART]
         files = [_file(folder / name, name) for name in part]
-        if _metadata(path).get("files") != json.dumps(files):
-            _write_part(model, folder, start, files, path, about["states"], skip_bad)
-        bad |= json.loads(_metadata(path)["bad"])
+        known = _metadata(path)
+        if known.get("files") != json.dumps(files):
+            known = _write_part(model, folder, start, files, path, about["states"], skip_bad)
+        bad |= json.loads(known["bad"])
         progress.add(len(part))
     progress.close()
     for path in sorted(out.glob("part-*.safetensors"))[-(-len(names) // PART) :]:
@@ -114,7 +115,8 @@ def _metadata(path: Path) -> dict[str, str]:
 
 def _write_part(
     model: Predictor, folder: Path, start: int, files: list[list], path: Path, states: bool, skip_bad: bool
-) -> None:
+) -> dict[str, str]:
+    """Returns the part's metadata."""
     pixels, rows, bad = [], [], {}
     for number, (name, *_) in enumerate(files, start):
         try:
@@ -132,8 +134,10 @@ def _write_part(
         if states:
             tensors["states"] = torch.stack(encoded.states, dim=1).to("cpu", torch.float16)
     temporary = path.with_name(f".{path.name}")
-    save_file(tensors, temporary, {"bad": json.dumps(bad), "files": json.dumps(files)})
+    metadata = {"bad": json.dumps(bad), "files": json.dumps(files)}
+    save_file(tensors, temporary, metadata)
     temporary.replace(path)
+    return metadata
 
 
 def _write(out: Path, about: dict[str, Any]) -> None:
