@@ -108,6 +108,17 @@ class Encoder(nn.Module):
     def run_block(self, block: nn.Module, states: Tensor) -> Tensor:
         return checkpointing.run(self.checkpointing if self.training else "none", block, states, pre_norm=self.pre_norm)
 
+    def run_blocks(
+        self, blocks: nn.ModuleList | nn.Sequential, x: Tensor, states: int, norm: nn.Module
+    ) -> list[Tensor]:
+        """The outputs of the top `states` blocks, each behind `norm`, bottom first."""
+        outputs = []
+        for index, block in enumerate(blocks):
+            x = self.run_block(block, x)
+            if index >= self.depth - states:
+                outputs.append(norm(x))
+        return outputs
+
 
 class VisionEncoder(Encoder):
     """Images to the states of the top layers.

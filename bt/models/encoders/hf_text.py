@@ -125,7 +125,7 @@ class HFText(TextEncoder):
         return found
 
     def set_gradient_checkpointing(self, mode: str) -> None:
-        super().set_gradient_checkpointing(mode)
+        # transformers runs the layers: nothing here calls run_block.
         if mode != "none":
             self.model.config.use_cache = False  # of no use without generation, and transformers warns of it
             self.model.activation_checkpointing_enable(checkpointing.options(mode))

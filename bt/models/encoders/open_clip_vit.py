@@ -174,9 +174,4 @@ class OpenClipVision(VisionEncoder):
     def forward(self, images: Tensor, states: int) -> list[Tensor]:
         # The steps of VisionTransformer.forward_intermediates, which would split off the class token.
         x = self.visual._embeds(self.stack_grey(images))
-        outputs = []
-        for index, block in enumerate(self.visual.transformer.resblocks):
-            x = self.run_block(block, x)
-            if index >= self.depth - states:
-                outputs.append(self.visual.ln_post(x))
-        return outputs
+        return self.run_blocks(self.visual.transformer.resblocks, x, states, self.visual.ln_post)

@@ -97,9 +97,4 @@ class TimmVision(VisionEncoder):
     def forward(self, images: Tensor, states: int) -> list[Tensor]:
         # The steps of VisionTransformer.forward_features, which returns the last state alone.
         x = self.visual._pos_embed(self.visual.patch_embed(self.stack_grey(images)))
-        outputs = []
-        for index, block in enumerate(self.visual.blocks):
-            x = self.run_block(block, x)
-            if index >= self.depth - states:
-                outputs.append(self.visual.norm(x))
-        return outputs
+        return self.run_blocks(self.visual.blocks, x, states, self.visual.norm)
